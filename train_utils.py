@@ -1,0 +1,318 @@
+"""Training and testing: one loop, from which train, finetune and finetune_after_prune are made."""
+
+import functools
+import math
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+import cifar10
+from pruning import apply_masks, weight_masks
+
+__all__ = ["train", "finetune", "finetune_after_prune", "test", "evaluate", "fit", "save_weights", "load_weights"]
+
+
+# ---------------------------------------------------------------- data and files
+
+
+@functools.lru_cache(maxsize=2)
+def _cached_data(root, device):
+    return cifar10.load(root, device)
+
+
+def get_data(device):
+    """Return CIFAR-10 (cifar10.CIFAR10) on `device`, read once a process and data folder."""
+    return _cached_data(str(cifar10.default_root()), str(device))
+
+
+def atomic_save(object_, path):
+    """torch.save under another name, then rename: `path` is whole or as it was. Raises OSError with its name."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(object_, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would follow the file into its final place
+        os.replace(temporary, path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as RuntimeError
+            raise OSError(f"cannot write {path}, any earlier file is intact: {error}") from error
+        raise
+
+
+def save_weights(net, path):
+    """Write the net's state dict to `path`, whole or not at all; nothing but tensors is in the file."""
+    atomic_save(_snapshot(net), path)
+
+
+def load_weights(net, path):
+    """Load a state dict from `path` into `net`, in place, on the net's device; return the net.
+
+    Raises FileNotFoundError if there is no such file, and ValueError if it is truncated, no state dict of
+    this architecture, or holds NaN or infinite values; the net is unchanged then. Pickled code never runs.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no checkpoint at {path}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint of weights: {error}") from error
+    expected = net.state_dict()
+    if not isinstance(state, dict) or state.keys() != expected.keys():
+        amiss = sorted(map(str, expected.keys() ^ state.keys()))[:4] if isinstance(state, dict) else type(state)
+        raise ValueError(f"{path} is a checkpoint of another architecture; names not shared: {amiss}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite values")
+    net.load_state_dict(state)
+    return net
+
+
+def _snapshot(net):
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in net.state_dict().items()}
+
+
+def _device_of(net):
+    return next(net.parameters()).device
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(net, data=None, batch_size=500):
+    """Return (mean cross entropy, accuracy as a fraction) of `net` on the 10,000 test images, in float32.
+
+    The net is evaluated with running BatchNorm statistics and left in the mode it was in. data: a
+    cifar10.CIFAR10 on the net's device, fetched if None.
+    """
+    device = _device_of(net)
+    data = get_data(device) if data is None else data
+    was_training = net.training
+    net.eval()
+    loss, correct = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.long)
+    for x, y in cifar10.Batches(data.test_images, data.test_labels, batch_size):
+        logits = net(x.contiguous(memory_format=torch.channels_last))
+        loss += F.cross_entropy(logits, y, reduction="sum")
+        correct += (logits.argmax(1) == y).sum()
+    net.train(was_training)
+    return loss.item() / len(data.test_labels), correct.item() / len(data.test_labels)
+
+
+def test(net):
+    """Print the net's loss and accuracy on CIFAR-10's test set and return the accuracy, a fraction."""
+    loss, accuracy = evaluate(net)
+    print("Test Loss=%.4f, Test accuracy=%.4f" % (loss, accuracy))
+    return accuracy
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def learning_rate(schedule, peak, progress, warmup=0.0):
+    """Return the learning rate at `progress`, the fraction of all steps done, in [0, 1).
+
+    schedule: "constant"; "step", divided by 10 at 50 % and at 75 %; "cosine", to zero. With warmup > 0 the
+    rate first rises linearly from zero over that fraction. Raises ValueError for another schedule.
+    """
+    if progress < warmup:
+        return peak * progress / warmup
+    if schedule == "constant":
+        return peak
+    if schedule == "step":
+        return peak * (1 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+    raise ValueError(f"schedule must be 'constant', 'step' or 'cosine', got {schedule!r}")
+
+
+def train_epoch(net, batches, optimizer, criterion, *, hold_zeros, bf16=False, forward=None,
+                on_step=lambda step: None):
+    """Train `net`, in place, on one pass over `batches`; return (mean loss, accuracy) of the training batches.
+
+    batches: pairs of images (B, 3, 32, 32) and labels (B,), on any device. hold_zeros keeps the weights at
+    zero that are zero at the start. on_step(i) is called before step i; nothing here waits for the device
+    before the epoch's end. With bf16 the forward pass runs under bfloat16 autocast, weights stay float32.
+    forward: the compiled net, if it was compiled.
+    """
+    device = _device_of(net)
+    forward = net if forward is None else forward
+    net.train()
+    masks = weight_masks(net) if hold_zeros else None
+    total_loss = torch.zeros((), device=device)
+    correct, seen = torch.zeros((), device=device, dtype=torch.long), 0
+    for step, (x, y) in enumerate(batches):
+        on_step(step)
+        x = x.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        y = y.to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            logits = forward(x)
+        logits = logits.float()
+        loss = criterion(logits, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if masks is not None:
+            apply_masks(net, masks)
+        with torch.no_grad():
+            total_loss += loss.detach() * len(y)
+            correct += (logits.argmax(1) == y).sum()
+        seen += len(y)
+    if not seen:
+        raise ValueError("batches must hold at least one batch, got none")
+    return total_loss.item() / seen, correct.item() / seen
+
+
+def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=False, schedule="constant",
+        warmup=0.0, label_smoothing=0.0, bf16=False, compile=False, seed=0, before_epoch=None, hold_zeros=True, test_every=1, best_from=1,
+        data=None, state_path=None, name="training", log_every_n=50):
+    """Train `net`, in place, with SGD on CIFAR-10; return (history, best_state).
+
+    epochs, batch_size (images), lr (peak) and weight_decay (per step, on all parameters) as in torch.optim.SGD;
+    schedule and warmup as in learning_rate. before_epoch(epoch, net) may prune before epoch 1, 2, ....
+    hold_zeros: True, False, or the first epoch from which zero weights are held at zero. history has a dict
+    an epoch: epoch, lr (at its start), train_loss, train_accuracy, seconds and, each `test_every` epochs and
+    at the end, test_loss and test_accuracy (fractions). best_state is the state dict of the best
+    epoch tested, from epoch best_from on (before it, an iteratively pruned net is not sparse enough to count).
+
+    bf16 and compile make it faster: bfloat16 autocast, and torch.compile where a compiler is at hand.
+
+    With state_path the whole state is kept there after each epoch, and a later call goes on from it, bit for
+    bit on the same machine; the caller removes the file. Epoch e draws order and augmentation from seed and e.
+
+    Raises ValueError for arguments out of range, and FloatingPointError if the loss becomes NaN or infinite:
+    the net then holds the last whole epoch.
+    """
+    _check_fit(epochs=epochs, batch_size=batch_size, test_every=test_every, log_every_n=log_every_n)
+    for argument, value in {"lr": lr, "weight_decay": weight_decay}.items():
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+            raise ValueError(f"{argument} must be a finite number >= 0, got {value!r}")
+    learning_rate(schedule, lr, 0.99, warmup)  # refuse an unknown schedule before the work, not after
+    device = _device_of(net)
+    data = get_data(device) if data is None else data
+    net.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), lr=max(lr, 1e-12), momentum=momentum, nesterov=nesterov,
+                                weight_decay=weight_decay)
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+    history, best = [], {"accuracy": -1.0, "state": None}
+    if state_path is not None and Path(state_path).exists():
+        history, best = _resume(state_path, net, optimizer)
+
+    forward = torch.compile(net, dynamic=False) if compile and _can_compile(device) else net
+    steps = -(-len(data.train_images) // batch_size)
+    with tqdm(total=epochs * steps, initial=len(history) * steps, desc=name, unit="step", mininterval=2.0) as bar:
+        for epoch in range(len(history) + 1, epochs + 1):
+            started = time.perf_counter()
+            last_good = _snapshot(net)
+            if before_epoch is not None:
+                before_epoch(epoch, net)
+
+            def on_step(step):
+                rate = learning_rate(schedule, lr, (epoch - 1 + step / steps) / epochs, warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                if step and step % log_every_n == 0:
+                    bar.update(log_every_n)
+
+            hold = epoch >= hold_zeros if isinstance(hold_zeros, int) and not isinstance(hold_zeros, bool) else hold_zeros
+            batches = cifar10.Batches(data.train_images, data.train_labels, batch_size,
+                                      seed=seed * 100_003 + epoch, augment=True)
+            loss, accuracy = train_epoch(net, batches, optimizer, criterion, hold_zeros=hold, bf16=bf16,
+                                         forward=forward, on_step=on_step)
+            if not math.isfinite(loss):
+                net.load_state_dict(last_good)
+                raise FloatingPointError(f"{name}: the training loss became {loss} in epoch {epoch}; lr={lr} may be too "
+                                         "large. The net holds the last whole epoch.")
+            entry = {"epoch": epoch, "lr": learning_rate(schedule, lr, (epoch - 1) / epochs, warmup),
+                     "train_loss": loss, "train_accuracy": accuracy}
+            if epoch % test_every == 0 or epoch == epochs:
+                entry["test_loss"], entry["test_accuracy"] = evaluate(net, data)
+                if epoch >= best_from and entry["test_accuracy"] > best["accuracy"]:
+                    best = {"accuracy": entry["test_accuracy"], "state": _snapshot(net)}
+            entry["seconds"] = time.perf_counter() - started
+            history.append(entry)
+            if state_path is not None:
+                atomic_save({"net": _snapshot(net), "optimizer": optimizer.state_dict(), "history": history,
+                             "best": best}, state_path)
+            bar.update(epoch * steps - bar.n)
+            bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}",
+                            accuracy=f"{100 * entry.get('test_accuracy', accuracy):.2f}%")
+    return history, best["state"]
+
+
+def _resume(state_path, net, optimizer):
+    try:
+        state = torch.load(state_path, map_location=_device_of(net), weights_only=True)
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["history"], state["best"]
+    except Exception as error:
+        raise ValueError(f"{state_path} cannot be resumed from ({error}); delete it to start over") from error
+
+
+def _can_compile(device):
+    """torch.compile writes C++ for the CPU, so it needs a compiler there; without one, train eagerly."""
+    return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def _check_fit(**counts):
+    for argument, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument} must be a positive integer, got {value!r}")
+
+
+# ---------------------------------------------------------------- the homework's entry points
+
+
+def train(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="net_after_train.pt", seed=0):
+    """Train `net` from where it stands, in place, with the assigned pre-training recipe; return its history.
+
+    SGD, momentum 0.875, weight decay `reg`, lr divided by 10 at 50 % and 75 % of the epochs; the net ends in
+    its last epoch, and its best test epoch is written to `checkpoint` (None: nowhere). The progress bar moves
+    each log_every_n steps. Raises as fit does.
+    """
+    history, best = fit(net, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=reg, schedule="step",
+                        hold_zeros=False, seed=seed, name="train", log_every_n=log_every_n)
+    if checkpoint is not None:
+        atomic_save(best, checkpoint)
+    return history
+
+
+def finetune(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="quantized_net_after_finetune.pt",
+             hold_zeros=True, seed=0):
+    """Fine-tune `net`, in place, with the assigned recipe at constant lr; return its history.
+
+    SGD, momentum 0.875, weight decay `reg`. Weights that are zero at the start stay zero unless
+    hold_zeros=False. The net ends in its last epoch; its best test epoch is written to `checkpoint`
+    (None: nowhere). The progress bar moves each log_every_n steps. Raises as fit does.
+    """
+    history, best = fit(net, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=reg,
+                        hold_zeros=hold_zeros, seed=seed, name="finetune", log_every_n=log_every_n)
+    if checkpoint is not None:
+        atomic_save(best, checkpoint)
+    return history
+
+
+def finetune_after_prune(net, trainloader, criterion, optimizer, prune=True):
+    """Train `net` for one epoch, in place, pruned weights held at zero if `prune`; return (loss, accuracy).
+
+    trainloader: any iterable of (images, labels) batches; criterion(logits, labels) returns a scalar loss;
+    optimizer: over the net's parameters. Weights that are zero when the epoch starts count as pruned; with
+    prune=False they may grow back.
+    """
+    return train_epoch(net, trainloader, optimizer, criterion, hold_zeros=prune)
