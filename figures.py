@@ -1,0 +1,122 @@
+"""What the notebooks show: plots that take data and an Axes, Markdown tables, and source code."""
+
+import inspect
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Markdown
+
+SIZE = (5, 3)  # inches
+
+# Okabe and Ito's colours, darkest first; each comes with its own line style and marker, for greyscale.
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v")
+
+
+def style(i):
+    """Return the plot keywords of the i-th series: a colour with its own line style and marker."""
+    return {"color": COLORS[i % 5], "linestyle": LINES[i % 5], "marker": MARKERS[i % 5], "markersize": 4}
+
+
+def axes(columns=1):
+    """Return one 5 x 3 inch Axes, or a row of `columns` of them."""
+    _, made = plt.subplots(1, columns, figsize=(SIZE[0] * columns, SIZE[1]), layout="constrained")
+    return made
+
+
+def percent(fraction):
+    """Return a fraction as a percentage with two decimals: 0.9151 gives '91.51'."""
+    return f"{100 * fraction:.2f}"
+
+
+# ---------------------------------------------------------------- tables and source
+
+
+def table(header, rows):
+    """Return a Markdown table to be displayed: `header` of strings, `rows` of cells; first column left-aligned."""
+    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
+    return Markdown("\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines))
+
+
+def show_source(*objects):
+    """Return the source of functions or classes, as their modules hold it, as highlighted code to be displayed."""
+    return Markdown("```python\n" + "\n\n".join(inspect.getsource(o).rstrip() for o in objects) + "\n```")
+
+
+# ---------------------------------------------------------------- Lab 1
+
+
+def plot_loss(losses, ax):
+    """Draw log10 of each loss against steps. losses: {label: array of step 0, 1, ...}; returns ax."""
+    for i, (label, values) in enumerate(losses.items()):
+        ax.plot(np.log10(values), label=label, markevery=(5 * i, 25), **style(i))
+    ax.set(xlabel="step", ylabel=r"$\log_{10} L$")
+    if len(losses) > 1:
+        ax.legend(fontsize=8)
+    return ax
+
+
+def plot_elements(trajectory, ax, title=None):
+    """Draw each element of W against steps. trajectory: (steps + 1, 5); returns ax."""
+    for i, values in enumerate(np.asarray(trajectory).T):
+        every = max(len(values) // 8, 1)
+        ax.plot(values, label=f"$w_{i + 1}$", markevery=(i * every // 5, every), **style(i))
+    ax.set(xlabel="step", ylabel="value of the element", title=title)
+    ax.legend(fontsize=8, ncols=5, handlelength=1.5, columnspacing=0.8, loc="best")
+    return ax
+
+
+# ---------------------------------------------------------------- Labs 2 and 3
+
+
+def plot_accuracy(curves, ax, xlabel, baseline=None):
+    """Draw accuracy in % against anything. curves: {label: {x: fraction}}; returns ax.
+
+    baseline: the float model's accuracy, a fraction, drawn as a dashed line.
+    """
+    for i, (label, points) in enumerate(curves.items()):
+        x = sorted(points)
+        ax.plot(x, [100 * points[k] for k in x], label=label, **style(i))
+    if baseline is not None:
+        ax.axhline(100 * baseline, color="0.4", linestyle="--", linewidth=1, label="float")
+    ax.set(xlabel=xlabel, ylabel="test accuracy (%)")
+    ax.legend(fontsize=8)
+    return ax
+
+
+def plot_history(history, ax, baseline=None):
+    """Draw a run's training and test accuracy in % against its epochs; returns ax.
+
+    history: the record's list of epochs; baseline as in plot_accuracy.
+    """
+    curves = {
+        "training": {e["epoch"]: e["train_accuracy"] for e in history},
+        "test": {e["epoch"]: e["test_accuracy"] for e in history if "test_accuracy" in e},
+    }
+    return plot_accuracy(curves, ax, "epoch", baseline)
+
+
+def plot_layer_sparsity(sparsities, ax):
+    """Draw the sparsity in % of every layer as bars. sparsities: {label: {layer: fraction}}; returns ax."""
+    width = 0.8 / len(sparsities)
+    for i, (label, layers) in enumerate(sparsities.items()):
+        x = np.arange(len(layers)) + (i - (len(sparsities) - 1) / 2) * width
+        ax.bar(x, [100 * s for s in layers.values()], width, label=label, color=COLORS[i % 5],
+               alpha=0.85, hatch=("", "///", "...")[i % 3], edgecolor="white")
+    names = [name.replace("body_op.", "") for name in next(iter(sparsities.values()))]
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    ax.set(ylabel="sparsity (%)", ylim=(0, 100))
+    if len(sparsities) > 1:
+        ax.legend(fontsize=8)
+    return ax
+
+
+def plot_weights(weights, quantized, ax):
+    """Draw the histogram of a layer's weights and, as vertical lines, the levels they are quantized to; returns ax."""
+    levels = np.unique(quantized)
+    ax.hist(np.ravel(weights), bins=80, color="0.6")
+    for level in levels:
+        ax.axvline(level, color=COLORS[2], linestyle="--", linewidth=1)
+    ax.set(xlabel="weight", ylabel="number of weights", title=f"{len(levels)} levels")
+    return ax
