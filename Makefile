@@ -1,0 +1,49 @@
+# make report   everything from nothing to report.pdf        make notebooks   refresh the stored outputs
+# make test     unit tests, and nbval over the notebooks      make train       train what is not trained (RUN=name: one run)
+# make clean    remove what was built; make distclean, the environment and the data too
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NOTEBOOKS := true_false.ipynb lab1_sparse_linear.ipynb hw4.ipynb
+RUN ?= all
+
+# Training allocates and frees the same large tensors in each step. Kept in the process instead of
+# handed back to the kernel each time, a step on a CPU is about a fifth faster; results are the same.
+TRAIN_ENV := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 MALLOC_TOP_PAD_=268435456
+
+.PHONY: report test notebooks train data environment clean distclean
+.DEFAULT_GOAL := report
+
+environment: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.10 or newer, or make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than Python 3.10; make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv; on Debian: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	@touch $@
+
+data: environment
+	$(BIN)/python -c "import cifar10; cifar10.load()"
+
+report: environment data
+	@mkdir -p build
+	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --output-dir build $(NOTEBOOKS)
+	$(BIN)/python export_report.py --from build --out report.pdf
+
+test: environment data
+	$(BIN)/python -m pytest tests $(NOTEBOOKS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
+
+notebooks: environment data
+	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace $(NOTEBOOKS)
+
+train: environment data
+	$(TRAIN_ENV) $(BIN)/python experiments.py run $(RUN)
+
+clean:
+	rm -rf build report.pdf .pytest_cache .hypothesis __pycache__ tests/__pycache__
+
+distclean: clean
+	rm -rf $(VENV) data
