@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from files import atomic_write
+
 ROOT = Path(__file__).resolve().parent
 SHIPPED = ROOT / "checkpoints"
 RETRAINED = ROOT / "build" / "retrained"  # RETRAIN=1 trains into here, so that shipped files stay as they are
@@ -108,19 +110,22 @@ def read_record(name, folder=SHIPPED):
     """
     run = get(name)
     path = _record_path(name, folder)
-    if not path.exists():
+    again = f"train it again: python experiments.py run {name} --force"
+    try:
+        record = json.loads(path.read_text())
+        recorded, sha256 = record["config"], record["weights_sha256"]
+        config = dataclasses.asdict(run)
+        differ = {key: (recorded.get(key), config.get(key)) for key in recorded.keys() | config.keys()
+                  if recorded.get(key) != config.get(key) and key != "question"}  # a text, not a setting
+    except FileNotFoundError:
         return None
-    record = json.loads(path.read_text())
-    config = dataclasses.asdict(run)
-    if record["config"] != config:
-        differ = {k: (record["config"].get(k), config.get(k)) for k in record["config"].keys() | config.keys()
-                  if record["config"].get(k) != config.get(k)}
-        raise RecordError(f"{path} was trained with another config (recorded, now): {differ}; "
-                          f"train it again: python experiments.py run {name} --force")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecordError(f"{path} is damaged ({error!r}); restore it, or {again}") from error
+    if differ:
+        raise RecordError(f"{path} was trained with another config (recorded, now): {differ}; {again}")
     weights = weights_path(name, folder)
-    if not weights.exists() or _sha256(weights) != record["weights_sha256"]:
-        raise RecordError(f"{weights} is not the file that the run in {path} wrote; restore it, or train it again: "
-                          f"python experiments.py run {name} --force")
+    if not weights.exists() or _sha256(weights) != sha256:
+        raise RecordError(f"{weights} is not the file that the run in {path} wrote; restore it, or {again}")
     return record
 
 
@@ -169,7 +174,7 @@ def train_run(name, folder=SHIPPED):
     The run it starts from must be trained, in `folder` or among the shipped runs: else RecordError.
     """
     from pruning import layer_sparsity, sparsity
-    from train_utils import evaluate, fit, load_weights, save_weights
+    from train_utils import evaluate, fit, get_data, load_weights, save_weights
 
     run = get(name)
     net = build(name)
@@ -182,16 +187,18 @@ def train_run(name, folder=SHIPPED):
         parent_sha256 = parent_record["weights_sha256"]
         load_weights(net, weights_path(run.start_from, parent))
 
+    pruned_from = max(run.prune_epochs, 1)  # first epoch that starts at the final sparsity
     state_path = folder / f"{name}.resume.pt"
     history, best_state = fit(
         net, epochs=run.epochs, batch_size=run.batch_size, lr=run.lr, weight_decay=run.weight_decay,
         momentum=run.momentum, nesterov=run.nesterov, schedule=run.schedule, warmup=run.warmup,
         label_smoothing=run.label_smoothing, bf16=run.bf16, compile=run.compile, seed=run.seed, test_every=run.test_every,
         before_epoch=functools.partial(prune_before_epoch, run),
-        hold_zeros=run.hold_zeros and (run.prune_epochs or True), best_from=max(run.prune_epochs, 1),
-        state_path=state_path, name=name,
+        hold_zeros_from=pruned_from if run.hold_zeros else None, best_from=pruned_from,
+        state_path=state_path, state_tag={"config": dataclasses.asdict(run), "start_from_sha256": parent_sha256},
+        name=name,
     )
-    tested = [entry for entry in history if "test_accuracy" in entry and entry["epoch"] >= run.prune_epochs]
+    tested = [entry for entry in history if "test_accuracy" in entry and entry["epoch"] >= pruned_from]
     best, last = max(tested, key=lambda entry: entry["test_accuracy"]), tested[-1]
     if run.keep == "best":
         net.load_state_dict(best_state)
@@ -210,7 +217,7 @@ def train_run(name, folder=SHIPPED):
         "weights_sha256": _sha256(weights_path(name, folder)),
         "start_from_sha256": parent_sha256,
         "seconds": seconds,
-        "images_per_second": 50_000 * len(history) / seconds,
+        "images_per_second": len(get_data(next(net.parameters()).device).train_images) * len(history) / seconds,
         "environment": _environment(net),
         "history": history,
     }
@@ -228,13 +235,8 @@ def _environment(net):
 
 
 def _write_text(path, text):
-    temporary = path.with_suffix(path.suffix + ".part")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}, any earlier file is intact: {error}") from error
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 _retrained_here = set()  # runs that RETRAIN=1 has trained in this process: once each
@@ -337,13 +339,11 @@ def main(arguments=None):
 
 
 def _run_command(name, force):
-    if force:
-        _record_path(name, SHIPPED).unlink(missing_ok=True)
-    record = read_record(name)
+    record = None if force else read_record(name)
     if record:
         print(f"{name}: trained already, {100 * record['test_accuracy']:.2f} % (--force trains it again)")
         return
-    record = train_run(name)
+    record = train_run(name)  # the old weights and record stay until the new ones are there
     print(f"{name}: best {100 * record['best']['test_accuracy']:.2f} % in epoch {record['best']['epoch']}, "
           f"last {100 * record['last']['test_accuracy']:.2f} %, {record['seconds'] / 60:.1f} min, "
           f"{record['images_per_second']:.0f} images/s")

@@ -1,6 +1,7 @@
 """Magnitude pruning: which layers, which weights, and masks that keep pruned weights at zero."""
 
 import math
+import numbers
 
 import torch
 import torch.nn as nn
@@ -26,12 +27,12 @@ def prunable_layers(net):
 
 def _threshold(magnitudes, q):
     """Return the q-th percentile of a tensor of magnitudes, linearly interpolated as NumPy does."""
-    if isinstance(q, bool) or not isinstance(q, (int, float)) or not 0 <= q <= 100:
+    if isinstance(q, bool) or not isinstance(q, numbers.Real) or not 0 <= q <= 100:
         raise ValueError(f"q must be a percentage from 0 to 100, got {q!r}")
     if not torch.isfinite(magnitudes).all():
         raise ValueError("weights must be finite to be ranked, got NaN or infinite ones")
     ordered = magnitudes.flatten().double().sort().values  # torch.quantile refuses more than 2^24 elements
-    position = q / 100 * (len(ordered) - 1)
+    position = float(q) / 100 * (len(ordered) - 1)
     below = math.floor(position)
     above = min(below + 1, len(ordered) - 1)
     return torch.lerp(ordered[below], ordered[above], position - below)

@@ -53,7 +53,7 @@ class ResNetCIFAR(nn.Module):
 
     def __init__(self, num_layers=20, Nbits=None, symmetric=False):
         super().__init__()
-        if num_layers not in range(8, 10_000, 6):
+        if not isinstance(num_layers, int) or num_layers not in range(8, 10_000, 6):
             raise ValueError(f"num_layers must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {num_layers!r}")
         self.num_layers = num_layers
         self.Nbits = check_n_bits(Nbits, symmetric)

@@ -1,10 +1,10 @@
 """Training and testing: one loop, from which train, finetune and finetune_after_prune are made."""
 
 import functools
+import io
 import math
 import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 import cifar10
+from files import atomic_write
 from pruning import apply_masks, weight_masks
 
 __all__ = ["train", "finetune", "finetune_after_prune", "test", "evaluate", "fit", "save_weights", "load_weights"]
@@ -32,25 +33,11 @@ def get_data(device):
 
 
 def atomic_save(object_, path):
-    """torch.save under another name, then rename: `path` is whole or as it was. Raises OSError with its name."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(object_, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would follow the file into its final place
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as RuntimeError
-            raise OSError(f"cannot write {path}, any earlier file is intact: {error}") from error
-        raise
+    """torch.save to `path`, whole or not at all; raises OSError, naming `path`, if it cannot be written."""
+    buffer = io.BytesIO()
+    torch.save(object_, buffer)  # in memory first: torch reports a full disk as a RuntimeError without a name
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def save_weights(net, path):
@@ -75,6 +62,8 @@ def load_weights(net, path):
         amiss = sorted(map(str, expected.keys() ^ state.keys()))[:4] if isinstance(state, dict) else type(state)
         raise ValueError(f"{path} is a checkpoint of another architecture; names not shared: {amiss}")
     for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
         if not torch.isfinite(tensor).all():
@@ -179,13 +168,13 @@ def train_epoch(net, batches, optimizer, criterion, *, hold_zeros, bf16=False, f
 
 
 def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=False, schedule="constant",
-        warmup=0.0, label_smoothing=0.0, bf16=False, compile=False, seed=0, before_epoch=None, hold_zeros=True, test_every=1, best_from=1,
-        data=None, state_path=None, name="training", log_every_n=50):
+        warmup=0.0, label_smoothing=0.0, bf16=False, compile=False, seed=0, before_epoch=None, hold_zeros_from=1, test_every=1, best_from=1,
+        data=None, state_path=None, state_tag=None, name="training", log_every_n=50):
     """Train `net`, in place, with SGD on CIFAR-10; return (history, best_state).
 
     epochs, batch_size (images), lr (peak) and weight_decay (per step, on all parameters) as in torch.optim.SGD;
     schedule and warmup as in learning_rate. before_epoch(epoch, net) may prune before epoch 1, 2, ....
-    hold_zeros: True, False, or the first epoch from which zero weights are held at zero. history has a dict
+    From epoch hold_zeros_from on (None: never) weights that are zero stay zero. history has a dict
     an epoch: epoch, lr (at its start), train_loss, train_accuracy, seconds and, each `test_every` epochs and
     at the end, test_loss and test_accuracy (fractions). best_state is the state dict of the best
     epoch tested, from epoch best_from on (before it, an iteratively pruned net is not sparse enough to count).
@@ -193,16 +182,19 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     bf16 and compile make it faster: bfloat16 autocast, and torch.compile where a compiler is at hand.
 
     With state_path the whole state is kept there after each epoch, and a later call goes on from it, bit for
-    bit on the same machine; the caller removes the file. Epoch e draws order and augmentation from seed and e.
+    bit on the same machine; the caller removes the file. state_tag (plain data) is kept with it and must be
+    the same then. Epoch e draws order and augmentation from seed and e.
 
-    Raises ValueError for arguments out of range, and FloatingPointError if the loss becomes NaN or infinite:
-    the net then holds the last whole epoch.
+    Raises ValueError for arguments out of range or a state that is damaged or has another tag, and
+    FloatingPointError if loss or weights become NaN or infinite: the net then holds the last whole epoch.
     """
     _check_fit(epochs=epochs, batch_size=batch_size, test_every=test_every, log_every_n=log_every_n)
     for argument, value in {"lr": lr, "weight_decay": weight_decay}.items():
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
             raise ValueError(f"{argument} must be a finite number >= 0, got {value!r}")
-    learning_rate(schedule, lr, 0.99, warmup)  # refuse an unknown schedule before the work, not after
+    if not (isinstance(warmup, (int, float)) and 0 <= warmup < 1):
+        raise ValueError(f"warmup must be a fraction of the steps, 0 <= warmup < 1, got {warmup!r}")
+    learning_rate(schedule, lr, 0.5)  # refuse an unknown schedule before the work, not after
     device = _device_of(net)
     data = get_data(device) if data is None else data
     net.to(memory_format=torch.channels_last)
@@ -211,7 +203,7 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     history, best = [], {"accuracy": -1.0, "state": None}
     if state_path is not None and Path(state_path).exists():
-        history, best = _resume(state_path, net, optimizer)
+        history, best = _resume(state_path, state_tag, net, optimizer)
 
     forward = torch.compile(net, dynamic=False) if compile and _can_compile(device) else net
     steps = -(-len(data.train_images) // batch_size)
@@ -229,15 +221,20 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
                 if step and step % log_every_n == 0:
                     bar.update(log_every_n)
 
-            hold = epoch >= hold_zeros if isinstance(hold_zeros, int) and not isinstance(hold_zeros, bool) else hold_zeros
+            hold = hold_zeros_from is not None and epoch >= hold_zeros_from
             batches = cifar10.Batches(data.train_images, data.train_labels, batch_size,
                                       seed=seed * 100_003 + epoch, augment=True)
-            loss, accuracy = train_epoch(net, batches, optimizer, criterion, hold_zeros=hold, bf16=bf16,
-                                         forward=forward, on_step=on_step)
-            if not math.isfinite(loss):
+            try:
+                loss, accuracy = train_epoch(net, batches, optimizer, criterion, hold_zeros=hold, bf16=bf16,
+                                             forward=forward, on_step=on_step)
+            except ValueError:
+                if _is_finite(net):
+                    raise
+                loss = math.nan  # a quantizer met the broken weights before the loss did
+            if not (math.isfinite(loss) and _is_finite(net)):
                 net.load_state_dict(last_good)
-                raise FloatingPointError(f"{name}: the training loss became {loss} in epoch {epoch}; lr={lr} may be too "
-                                         "large. The net holds the last whole epoch.")
+                raise FloatingPointError(f"{name}: loss or weights became NaN or infinite in epoch {epoch}; lr={lr} may "
+                                         "be too large. The net holds the last whole epoch.")
             entry = {"epoch": epoch, "lr": learning_rate(schedule, lr, (epoch - 1) / epochs, warmup),
                      "train_loss": loss, "train_accuracy": accuracy}
             if epoch % test_every == 0 or epoch == epochs:
@@ -248,16 +245,22 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
             history.append(entry)
             if state_path is not None:
                 atomic_save({"net": _snapshot(net), "optimizer": optimizer.state_dict(), "history": history,
-                             "best": best}, state_path)
+                             "best": best, "tag": state_tag}, state_path)
             bar.update(epoch * steps - bar.n)
             bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}",
                             accuracy=f"{100 * entry.get('test_accuracy', accuracy):.2f}%")
     return history, best["state"]
 
 
-def _resume(state_path, net, optimizer):
+def _is_finite(net):
+    return all(bool(torch.isfinite(parameter).all()) for parameter in net.parameters())
+
+
+def _resume(state_path, tag, net, optimizer):
     try:
         state = torch.load(state_path, map_location=_device_of(net), weights_only=True)
+        if state["tag"] != tag:
+            raise ValueError("it was written by a run with another config")
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         return state["history"], state["best"]
@@ -287,7 +290,7 @@ def train(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="net_afte
     each log_every_n steps. Raises as fit does.
     """
     history, best = fit(net, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=reg, schedule="step",
-                        hold_zeros=False, seed=seed, name="train", log_every_n=log_every_n)
+                        hold_zeros_from=None, seed=seed, name="train", log_every_n=log_every_n)
     if checkpoint is not None:
         atomic_save(best, checkpoint)
     return history
@@ -302,7 +305,7 @@ def finetune(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="quant
     (None: nowhere). The progress bar moves each log_every_n steps. Raises as fit does.
     """
     history, best = fit(net, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=reg,
-                        hold_zeros=hold_zeros, seed=seed, name="finetune", log_every_n=log_every_n)
+                        hold_zeros_from=1 if hold_zeros else None, seed=seed, name="finetune", log_every_n=log_every_n)
     if checkpoint is not None:
         atomic_save(best, checkpoint)
     return history
