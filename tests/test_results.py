@@ -1,0 +1,47 @@
+"""What is shipped belongs together: records, weights, experiments.py and the README's table."""
+
+import shutil
+
+import pytest
+
+import experiments
+
+SHIPPED = [name for name in experiments.RUNS if experiments._record_path(name, experiments.SHIPPED).exists()]
+
+
+def test_the_float_model_is_shipped_and_beats_the_reference():
+    assert experiments.read_record("pretrain")["test_accuracy"] >= experiments.REFERENCE["pretrain"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_run_belongs_to_its_definition_and_is_complete(name):
+    record = experiments.read_record(name)  # raises if the config or the weights' SHA-256 differ
+    assert [entry["epoch"] for entry in record["history"]] == list(range(1, record["config"]["epochs"] + 1))
+    kept = record[record["config"]["keep"]]
+    assert record["test_accuracy"] == pytest.approx(kept["test_accuracy"], abs=5e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if experiments.RUNS[name].start_from])
+def test_shipped_run_started_from_the_weights_that_are_shipped(name):
+    record = experiments.read_record(name)
+    assert record["start_from_sha256"] == experiments.read_record(experiments.RUNS[name].start_from)["weights_sha256"]
+
+
+@pytest.mark.parametrize("path", sorted(experiments.SHIPPED.glob("*.pt")), ids=lambda path: path.name)
+def test_no_checkpoint_without_a_record(path):
+    assert path.stem in SHIPPED or path.name.endswith(".resume.pt")
+
+
+def test_readme_shows_what_the_records_say(tmp_path):
+    copy = tmp_path / "README.md"
+    shutil.copy(experiments.ROOT / "README.md", copy)
+    experiments.write_results(copy)
+    assert copy.read_text() == (experiments.ROOT / "README.md").read_text()
+
+
+def test_results_section_must_be_there(tmp_path):
+    other = tmp_path / "other.md"
+    other.write_text("no table here")
+    with pytest.raises(ValueError, match="must hold the lines"):
+        experiments.write_results(other)
+    assert other.read_text() == "no table here"
