@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NOTEBOOKS := true_false.ipynb lab1_sparse_linear.ipynb hw4.ipynb
+EXECUTE := $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --ExecutePreprocessor.record_timing=False
 RUN ?= all
 
 # Training allocates and frees the same large tensors in each step. Kept in the process instead of
@@ -30,14 +31,14 @@ data: environment
 
 report: environment data
 	@mkdir -p build
-	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --output-dir build $(NOTEBOOKS)
+	$(EXECUTE) --output-dir build $(NOTEBOOKS)
 	$(BIN)/python export_report.py --from build --out report.pdf
 
 test: environment data
 	$(BIN)/python -m pytest tests $(NOTEBOOKS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 notebooks: environment data
-	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace $(NOTEBOOKS)
+	$(EXECUTE) --inplace $(NOTEBOOKS)
 
 train: environment data
 	$(TRAIN_ENV) $(BIN)/python experiments.py run $(RUN)
