@@ -7,6 +7,7 @@ import numpy as np
 from IPython.display import Markdown
 
 SIZE = (5, 3)  # inches
+DPI = 150  # pixels an inch, enough for print
 
 # Okabe and Ito's colours, darkest first; each comes with its own line style and marker, for greyscale.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -21,7 +22,7 @@ def style(i):
 
 def axes(columns=1):
     """Return one 5 x 3 inch Axes, or a row of `columns` of them."""
-    _, made = plt.subplots(1, columns, figsize=(SIZE[0] * columns, SIZE[1]), layout="constrained")
+    _, made = plt.subplots(1, columns, figsize=(SIZE[0] * columns, SIZE[1]), dpi=DPI, layout="constrained")
     return made
 
 
@@ -50,10 +51,13 @@ def show_source(*objects):
 def plot_loss(losses, ax):
     """Draw log10 of each loss against steps. losses: {label: array of step 0, 1, ...}; returns ax."""
     for i, (label, values) in enumerate(losses.items()):
-        ax.plot(np.log10(values), label=label, markevery=(5 * i, 25), **style(i))
+        shown = np.maximum(values, 1e-32)  # an exact 0 has no logarithm; 1e-32 is below any rounding here
+        every = max(len(values) // 8, 1)
+        ax.plot(np.log10(shown), label=label, markevery=(i * every // 5, every), **style(i))
     ax.set(xlabel="step", ylabel=r"$\log_{10} L$")
+    ax.locator_params(axis="x", integer=True)
     if len(losses) > 1:
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, handlelength=3)
     return ax
 
 
@@ -62,8 +66,11 @@ def plot_elements(trajectory, ax, title=None):
     for i, values in enumerate(np.asarray(trajectory).T):
         every = max(len(values) // 8, 1)
         ax.plot(values, label=f"$w_{i + 1}$", markevery=(i * every // 5, every), **style(i))
-    ax.set(xlabel="step", ylabel="value of the element", title=title)
-    ax.legend(fontsize=8, ncols=5, handlelength=1.5, columnspacing=0.8, loc="best")
+    ax.set(xlabel="step", ylabel="value of the element")
+    ax.locator_params(axis="x", integer=True)
+    # Above the plot: inside, five curves leave no free corner.
+    ax.legend(title=title, fontsize=8, ncols=5, handlelength=2.5, columnspacing=1, frameon=False,
+              loc="lower center", bbox_to_anchor=(0.5, 1))
     return ax
 
 
