@@ -111,7 +111,7 @@ def plot_layer_sparsity(sparsities, ax):
         x = np.arange(len(layers)) + (i - (len(sparsities) - 1) / 2) * width
         ax.bar(x, [100 * s for s in layers.values()], width, label=label, color=COLORS[i % 5],
                alpha=0.85, hatch=("", "///", "...")[i % 3], edgecolor="white")
-    names = [name.replace("body_op.", "") for name in next(iter(sparsities.values()))]
+    names = [name.replace("body_op.", "").removesuffix(".0") for name in next(iter(sparsities.values()))]
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     ax.set(ylabel="sparsity (%)", ylim=(0, 100))
     if len(sparsities) > 1:
