@@ -168,8 +168,8 @@ def train_epoch(net, batches, optimizer, criterion, *, hold_zeros, bf16=False, f
 
 
 def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=False, schedule="constant",
-        warmup=0.0, label_smoothing=0.0, bf16=False, compile=False, seed=0, before_epoch=None, hold_zeros_from=1, test_every=1, best_from=1,
-        data=None, state_path=None, state_tag=None, name="training", log_every_n=50):
+        warmup=0.0, label_smoothing=0.0, bf16=False, compile=False, seed=0, before_epoch=None,
+        hold_zeros_from=1, test_every=1, best_from=1, data=None, state_path=None, state_tag=None, name="training", log_every_n=50):
     """Train `net`, in place, with SGD on CIFAR-10; return (history, best_state).
 
     epochs, batch_size (images), lr (peak) and weight_decay (per step, on all parameters) as in torch.optim.SGD;
@@ -198,7 +198,7 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     device = _device_of(net)
     data = get_data(device) if data is None else data
     net.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), lr=max(lr, 1e-12), momentum=momentum, nesterov=nesterov,
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, nesterov=nesterov,
                                 weight_decay=weight_decay)
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     history, best = [], {"accuracy": -1.0, "state": None}
