@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 import cifar10
 from files import atomic_write
-from pruning import apply_masks, weight_masks
+from pruning import apply_masks, sparsity, weight_masks
 
 __all__ = ["train", "finetune", "finetune_after_prune", "test", "evaluate", "fit", "save_weights", "load_weights"]
 
@@ -179,7 +179,7 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     at the end, test_loss and test_accuracy (fractions). best_state is the state dict of the best
     epoch tested, from epoch best_from on (before it, an iteratively pruned net is not sparse enough to count).
 
-    bf16 and compile make it faster: bfloat16 autocast, and torch.compile where a compiler is at hand.
+    bf16 and compile make it faster (see execution): bfloat16 autocast, and torch.compile.
 
     With state_path the whole state is kept there after each epoch, and a later call goes on from it, bit for
     bit on the same machine; the caller removes the file. state_tag (plain data) is kept with it and must be
@@ -205,7 +205,7 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     if state_path is not None and Path(state_path).exists():
         history, best = _resume(state_path, state_tag, net, optimizer)
 
-    forward = torch.compile(net, dynamic=False) if compile and _can_compile(device) else net
+    forward = torch.compile(net, dynamic=False) if compile else net
     steps = -(-len(data.train_images) // batch_size)
     with tqdm(total=epochs * steps, initial=len(history) * steps, desc=name, unit="step", mininterval=2.0) as bar:
         for epoch in range(len(history) + 1, epochs + 1):
@@ -239,6 +239,7 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
                      "train_loss": loss, "train_accuracy": accuracy}
             if epoch % test_every == 0 or epoch == epochs:
                 entry["test_loss"], entry["test_accuracy"] = evaluate(net, data)
+                entry["sparsity"] = sparsity(net)
                 if epoch >= best_from and entry["test_accuracy"] > best["accuracy"]:
                     best = {"accuracy": entry["test_accuracy"], "state": _snapshot(net)}
             entry["seconds"] = time.perf_counter() - started
@@ -268,9 +269,18 @@ def _resume(state_path, tag, net, optimizer):
         raise ValueError(f"{state_path} cannot be resumed from ({error}); delete it to start over") from error
 
 
-def _can_compile(device):
-    """torch.compile writes C++ for the CPU, so it needs a compiler there; without one, train eagerly."""
-    return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+def execution(device, steps=math.inf):
+    """Return {"bf16": bool, "compile": bool}, how fit trains fastest on `device`; weights stay float32.
+
+    bfloat16 autocast where the hardware multiplies it: a GPU, or a CPU with AMX; elsewhere float32 is up to
+    twice as fast. torch.compile from about a thousand steps on, when it has won back the minute it takes; on
+    the CPU it writes C++, so it needs a compiler.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return {"bf16": torch.cuda.is_bf16_supported(), "compile": steps >= 1000}
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    return {"bf16": torch.cpu._is_amx_tile_supported(), "compile": steps >= 1000 and compiler is not None}
 
 
 def _check_fit(**counts):

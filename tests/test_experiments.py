@@ -114,7 +114,7 @@ def lab(monkeypatch, tmp_path, small_cifar):
                                 test_images=small_cifar.test_images[:50], test_labels=small_cifar.test_labels[:50])
     monkeypatch.setattr(train_utils, "get_data", lambda device: tiny)
     monkeypatch.delenv("RETRAIN", raising=False)
-    fast = dict(bf16=False, compile=False, batch_size=64, lr=0.01)
+    fast = dict(batch_size=64, lr=0.01)
     module.RUNS = {run.name: run for run in [
         module.Run("pretrain", "the start", start_from=None, epochs=1, keep="last", **fast),
         module.Run("iterative", "pruned in two steps", prune="global", q=70.0, prune_epochs=2, epochs=3, **fast),
