@@ -371,7 +371,7 @@ def test_run_trains_what_is_not_trained_and_force_trains_it_again(lab, trained_o
 
 
 @pytest.mark.parametrize("names, complaint", [
-    (["lab2f"], "error: name must be one of pretrain, iterative, quantized, got 'lab2f'"),
+    (["lab2f"], "error: name must be one of pretrain, iterative, quantized (or NAME@SEED, seed >= 1), got 'lab2f'"),
     (["quantized"], "error: quantized starts from iterative, which is not trained yet: python experiments.py run iterative"),
 ])
 def test_run_reports_an_error_in_one_line(lab, capsys, names, complaint):
