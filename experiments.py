@@ -315,7 +315,10 @@ def load_or_train(name, net=None):
     folder = RETRAINED if _retraining() else SHIPPED
     if _retraining() and name not in _retrained_here:
         _record_path(name, folder).unlink(missing_ok=True)
-    record = read_record(name, folder) or train_run(name, folder)
+    record = read_record(name, folder)
+    if record is None:
+        announce([name])
+        record = train_run(name, folder)
     if _retraining():
         _retrained_here.add(name)
     return load_weights(build(name) if net is None else net, weights_path(name, folder)), record
@@ -326,68 +329,53 @@ def is_available(name):
     return _retraining() or read_record(name) is not None
 
 
-# ---------------------------------------------------------------- results in one place
+# ---------------------------------------------------------------- how long it takes
 
 
-RESULTS_HEADER = ["Question", "Reference (%)", "Ours, best epoch (%)", "Ours, last epoch (%)"]
-_BEGIN, _END = "<!-- results: written by `python experiments.py results --write README.md` -->", "<!-- end of results -->"
+def seconds_needed(names, device=None):
+    """Return about how many seconds training the runs `names` takes on `device`, from a few steps timed there.
+
+    An upper bound more than a mean: the steps are eager, while long runs are compiled.
+    """
+    from train_utils import training_speed
+
+    images = sum(run.epochs * (50_000 - run.held_out) * (4 / 3 if run.distill else 1) for run in map(get, names))
+    return images / training_speed(build("pretrain", device))
 
 
-def results_rows(names=tuple(REFERENCE)):
-    """Return a row of cells (see RESULTS_HEADER) for each run in `names`, from the shipped records."""
-    rows = []
-    for name in names:
-        record, reference = read_record(name), f"{100 * REFERENCE[name]:.2f}" if name in REFERENCE else "none"
-        ours = ["not trained yet", ""]
-        if record is not None:
-            ours = [f"{100 * record[which]['test_accuracy']:.2f}" for which in ("best", "last")]
-            if record["config"]["keep"] == "last":  # no epoch was chosen on the test set
-                ours[0] = "not used"
-        rows.append([get(name).question, reference, *ours])
-    return rows
+def announce(names):
+    """Print how long training the runs `names` will take here, before it starts."""
+    import torch
 
-
-def write_results(path):
-    """Replace the results table of the Markdown file at `path`, between its two marker lines."""
-    path = Path(path)
-    before, _, rest = path.read_text().partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not end:
-        raise ValueError(f"{path} must hold the lines {_BEGIN!r} and {_END!r}")
-    lines = [RESULTS_HEADER, [":--", "--:", "--:", "--:"], *results_rows()]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    _write_text(path, f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}")
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"this CPU, {torch.get_num_threads()} threads"
+    minutes = seconds_needed(names) / 60
+    time = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes" if minutes >= 1 else "a minute"
+    print(f"{', '.join(names)}: at most about {time} of training on {where}", flush=True)
 
 
 # ---------------------------------------------------------------- command line
 
 
 def main(arguments=None):
-    """Command line: `list`, `run NAME ... [--force]`, `run all`, `results`. Returns the exit status."""
+    """Command line: `list`, `run NAME ... [--force] [--seeds N]`, `run all`. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name every run, with its result")
     run = commands.add_parser("run", help="train runs that are not trained yet; an interrupted run goes on")
     run.add_argument("names", nargs="+", metavar="NAME", help="names from `list`, or all")
     run.add_argument("--force", action="store_true", help="train again what is trained already")
-    results = commands.add_parser("results", help="print our results beside the reference's")
-    results.add_argument("--write", metavar="FILE", help="write them into a Markdown file's results section instead")
+    run.add_argument("--seeds", type=int, default=1, metavar="N", help="train each with N seeds: NAME, NAME@1, ...")
     options = parser.parse_args(arguments)
     try:
         if options.command == "list":
             for name, run in RUNS.items():
                 record = read_record(name)
                 result = f"{100 * record['test_accuracy']:6.2f} %" if record else "not trained"
-                print(f"{name:18} {result:12} {run.question}")
-        elif options.command == "results" and options.write:
-            write_results(options.write)
-        elif options.command == "results":
-            for row in [RESULTS_HEADER, *results_rows()]:
-                print("{:62} {:>14} {:>21} {:>21}".format(*row))
+                print(f"{name:24} {result:12} {run.question}")
         else:
             names = list(RUNS) if options.names == ["all"] else options.names
-            for name in map(get, names):
-                _run_command(name.name, options.force)
+            seeds = ["", *(f"@{seed}" for seed in range(1, options.seeds))]
+            _run_command([get(name + seed).name for seed in seeds for name in names], options.force)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -397,15 +385,21 @@ def main(arguments=None):
     return 0
 
 
-def _run_command(name, force):
-    record = None if force else read_record(name)
-    if record:
-        print(f"{name}: trained already, {100 * record['test_accuracy']:.2f} % (--force trains it again)")
-        return
-    record = train_run(name)  # the old weights and record stay until the new ones are there
-    print(f"{name}: best {100 * record['best']['test_accuracy']:.2f} % in epoch {record['best']['epoch']}, "
-          f"last {100 * record['last']['test_accuracy']:.2f} %, {record['seconds'] / 60:.1f} min, "
-          f"{record['images_per_second']:.0f} images/s")
+def _run_command(names, force):
+    wanted = []
+    for name in names:
+        record = None if force else read_record(name)
+        if record is None:
+            wanted.append(name)
+        else:
+            print(f"{name}: trained already, {100 * record['test_accuracy']:.2f} % (--force trains it again)")
+    if wanted:
+        announce(wanted)
+    for name in wanted:
+        record = train_run(name)  # the old weights and record stay until the new ones are there
+        print(f"{name}: best {100 * record['best']['test_accuracy']:.2f} % in epoch {record['best']['epoch']}, "
+              f"last {100 * record['last']['test_accuracy']:.2f} %, {record['seconds'] / 60:.1f} min, "
+              f"{record['images_per_second']:.0f} images/s", flush=True)
 
 
 if __name__ == "__main__":
