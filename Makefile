@@ -1,5 +1,5 @@
 # make report   everything from nothing to report.pdf        make notebooks   refresh the stored outputs
-# make test     unit tests, and nbval over the notebooks      make train       train what is not trained (RUN=name: one run)
+# make test     unit tests, and nbval over the notebooks      make train       train everything from nothing (RUN=name: one run)
 # make clean    remove what was built; make distclean, the environment and the data too
 
 PYTHON ?= python3
@@ -41,7 +41,7 @@ notebooks: environment data
 	$(EXECUTE) --inplace $(NOTEBOOKS)
 
 train: environment data
-	$(TRAIN_ENV) $(BIN)/python experiments.py run $(RUN)
+	$(TRAIN_ENV) $(BIN)/python experiments.py run $(RUN) --into build/trained
 
 clean:
 	rm -rf build report.pdf .pytest_cache .hypothesis __pycache__ tests/__pycache__

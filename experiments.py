@@ -357,13 +357,15 @@ def announce(names):
 
 
 def main(arguments=None):
-    """Command line: `list`, `run NAME ... [--force] [--seeds N]`, `run all`. Returns the exit status."""
+    """Command line: `list`, and `run NAME ...` or `run all` with its options. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name every run, with its result")
     run = commands.add_parser("run", help="train runs that are not trained yet; an interrupted run goes on")
     run.add_argument("names", nargs="+", metavar="NAME", help="names from `list`, or all")
     run.add_argument("--force", action="store_true", help="train again what is trained already")
+    run.add_argument("--into", type=Path, default=SHIPPED, metavar="FOLDER",
+                     help="where weights and records go, and parents are looked for first (default: checkpoints)")
     run.add_argument("--seeds", type=int, default=1, metavar="N", help="train each with N seeds: NAME, NAME@1, ...")
     options = parser.parse_args(arguments)
     try:
@@ -375,7 +377,7 @@ def main(arguments=None):
         else:
             names = list(RUNS) if options.names == ["all"] else options.names
             seeds = ["", *(f"@{seed}" for seed in range(1, options.seeds))]
-            _run_command([get(name + seed).name for seed in seeds for name in names], options.force)
+            _run_command([get(name + seed).name for seed in seeds for name in names], options.into, options.force)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -385,10 +387,10 @@ def main(arguments=None):
     return 0
 
 
-def _run_command(names, force):
+def _run_command(names, folder, force):
     wanted = []
     for name in names:
-        record = None if force else read_record(name)
+        record = None if force else read_record(name, folder)
         if record is None:
             wanted.append(name)
         else:
@@ -396,7 +398,7 @@ def _run_command(names, force):
     if wanted:
         announce(wanted)
     for name in wanted:
-        record = train_run(name)  # the old weights and record stay until the new ones are there
+        record = train_run(name, folder)  # the old weights and record stay until the new ones are there
         print(f"{name}: best {100 * record['best']['test_accuracy']:.2f} % in epoch {record['best']['epoch']}, "
               f"last {100 * record['last']['test_accuracy']:.2f} %, {record['seconds'] / 60:.1f} min, "
               f"{record['images_per_second']:.0f} images/s", flush=True)

@@ -104,17 +104,17 @@ def plot_history(history, ax, baseline=None):
     return plot_accuracy(curves, ax, "epoch", baseline)
 
 
-def plot_layer_sparsity(sparsities, ax):
-    """Draw the sparsity in % of every layer as bars. sparsities: {label: {layer: fraction}}; returns ax."""
-    width = 0.8 / len(sparsities)
-    for i, (label, layers) in enumerate(sparsities.items()):
-        x = np.arange(len(layers)) + (i - (len(sparsities) - 1) / 2) * width
-        ax.bar(x, [100 * s for s in layers.values()], width, label=label, color=COLORS[i % 5],
+def plot_layers(series, ax, ylabel, ylim=None):
+    """Draw fractions of every layer as bars in %. series: {label: {layer: fraction}}, the same layers; returns ax."""
+    width = 0.8 / len(series)
+    for i, (label, layers) in enumerate(series.items()):
+        x = np.arange(len(layers)) + (i - (len(series) - 1) / 2) * width
+        ax.bar(x, [100 * value for value in layers.values()], width, label=label, color=COLORS[i % 5],
                alpha=0.85, hatch=("", "///", "...")[i % 3], edgecolor="white")
-    names = [name.replace("body_op.", "").removesuffix(".0") for name in next(iter(sparsities.values()))]
+    names = [name.replace("body_op.", "").removesuffix(".0") for name in next(iter(series.values()))]
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    ax.set(ylabel="sparsity (%)", ylim=(0, 100))
-    if len(sparsities) > 1:
+    ax.set(ylabel=ylabel, ylim=ylim)
+    if len(series) > 1:
         ax.legend(fontsize=8)
     return ax
 

@@ -345,7 +345,7 @@ def test_seeds_differ_and_their_record_needs_no_weights(lab, trained_once):
 
 def test_run_all_with_seeds_trains_each_chain_in_order(lab, trained_once, monkeypatch, capsys):
     trained, record = [], lab.read_record("pretrain")
-    monkeypatch.setattr(lab, "train_run", lambda name: trained.append(name) or record)
+    monkeypatch.setattr(lab, "train_run", lambda name, folder: trained.append(name) or record)
     assert lab.main(["run", "all", "--seeds", "2"]) == 0
     assert trained == ["iterative", "quantized", "pretrain@1", "iterative@1", "quantized@1"]
     assert "at most about" in capsys.readouterr().out
@@ -465,10 +465,20 @@ def test_list_names_every_run_with_its_result(lab, trained_once, capsys):
 
 def test_run_trains_what_is_not_trained_and_force_trains_it_again(lab, trained_once, monkeypatch, capsys):
     trained, record = [], lab.read_record("pretrain")
-    monkeypatch.setattr(lab, "train_run", lambda name: trained.append(name) or record)
+    monkeypatch.setattr(lab, "train_run", lambda name, folder: trained.append(name) or record)
     assert lab.main(["run", "all"]) == 0 and trained == ["iterative", "quantized"]
     assert "pretrain: trained already" in capsys.readouterr().out
     assert lab.main(["run", "pretrain", "--force"]) == 0 and trained[2:] == ["pretrain"]
+
+
+def test_run_into_another_folder_trains_from_nothing_and_goes_on_there(lab, trained_once, tmp_path, capsys):
+    shipped = files_in(tmp_path)
+    into = ["--into", str(tmp_path / "again")]
+    assert lab.main(["run", "pretrain", *into]) == 0 and lab.main(["run", "pretrain", "iterative", *into]) == 0
+    assert "pretrain: trained already" in capsys.readouterr().out
+    assert files_in(tmp_path) - shipped == {f"again/{name}.{end}" for name in ("pretrain", "iterative") for end in ("pt", "json")}
+    again = lab.read_record("iterative", tmp_path / "again")
+    assert again["start_from_sha256"] == lab.read_record("pretrain", tmp_path / "again")["weights_sha256"]
 
 
 @pytest.mark.parametrize("names, complaint", [
@@ -481,7 +491,7 @@ def test_run_reports_an_error_in_one_line(lab, capsys, names, complaint):
 
 
 def test_ctrl_c_says_how_to_go_on(lab, monkeypatch, capsys):
-    def interrupted(name):
+    def interrupted(name, folder):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lab, "train_run", interrupted)
