@@ -276,7 +276,8 @@ def is_available(name):
 
 
 RESULTS_HEADER = ["Question", "Reference (%)", "Ours, best epoch (%)", "Ours, last epoch (%)"]
-_BEGIN, _END = "<!-- results: written by `python experiments.py results --write README.md` -->", "<!-- end of results -->"
+_BEGIN = "<!-- results: written by `python experiments.py results --write README.md` -->"
+_END = "<!-- end of results -->"
 
 
 def results_rows(names=tuple(REFERENCE)):

@@ -106,7 +106,7 @@ def evaluate(net, data=None, batch_size=500):
 def test(net):
     """Print the net's loss and accuracy on CIFAR-10's test set and return the accuracy, a fraction."""
     loss, accuracy = evaluate(net)
-    print("Test Loss=%.4f, Test accuracy=%.4f" % (loss, accuracy))
+    print(f"Test Loss={loss:.4f}, Test accuracy={accuracy:.4f}")
     return accuracy
 
 
@@ -169,7 +169,8 @@ def train_epoch(net, batches, optimizer, criterion, *, hold_zeros, bf16=False, f
 
 def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=False, schedule="constant",
         warmup=0.0, label_smoothing=0.0, bf16=False, compile=False, seed=0, before_epoch=None,
-        hold_zeros_from=1, test_every=1, best_from=1, data=None, state_path=None, state_tag=None, name="training", log_every_n=50):
+        hold_zeros_from=1, test_every=1, best_from=1, data=None, state_path=None, state_tag=None, name="training",
+        log_every_n=50):
     """Train `net`, in place, with SGD on CIFAR-10; return (history, best_state).
 
     epochs, batch_size (images), lr (peak) and weight_decay (per step, on all parameters) as in torch.optim.SGD;
@@ -233,8 +234,8 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
                 loss = math.nan  # a quantizer met the broken weights before the loss did
             if not (math.isfinite(loss) and _is_finite(net)):
                 net.load_state_dict(last_good)
-                raise FloatingPointError(f"{name}: loss or weights became NaN or infinite in epoch {epoch}; lr={lr} may "
-                                         "be too large. The net holds the last whole epoch.")
+                raise FloatingPointError(f"{name}: loss or weights became NaN or infinite in epoch {epoch}; lr={lr} "
+                                         "may be too large. The net holds the last whole epoch.")
             entry = {"epoch": epoch, "lr": learning_rate(schedule, lr, (epoch - 1) / epochs, warmup),
                      "train_loss": loss, "train_accuracy": accuracy}
             if epoch % test_every == 0 or epoch == epochs:

@@ -40,7 +40,8 @@ def test_pretraining_starts_from_scratch_and_ships_its_last_epoch():
 
 def test_every_run_comes_after_the_run_it_starts_from():
     names = list(experiments.RUNS)
-    assert all(names.index(run.start_from) < names.index(run.name) for run in experiments.RUNS.values() if run.start_from)
+    children = [run for run in experiments.RUNS.values() if run.start_from]
+    assert children and all(names.index(run.start_from) < names.index(run.name) for run in children)
     assert all(name == run.name for name, run in experiments.RUNS.items())
 
 
@@ -71,7 +72,8 @@ def wide_net():
     """One layer with small weights, one with large ones; distinct magnitudes."""
     net = nn.Sequential(nn.Linear(100, 10), nn.Linear(100, 10))
     for layer, scale in zip(net, (1, 3)):
-        layer.weight.data = (torch.randperm(1000, generator=torch.Generator().manual_seed(scale)) + 1.0).view(10, 100) * scale
+        magnitudes = torch.randperm(1000, generator=torch.Generator().manual_seed(scale)) + 1.0
+        layer.weight.data = magnitudes.view(10, 100) * scale
     return net
 
 
@@ -110,8 +112,7 @@ def lab(monkeypatch, tmp_path, small_cifar):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "experiments", module)
     spec.loader.exec_module(module)
-    tiny = small_cifar._replace(train_images=small_cifar.train_images[:128], train_labels=small_cifar.train_labels[:128],
-                                test_images=small_cifar.test_images[:50], test_labels=small_cifar.test_labels[:50])
+    tiny = type(small_cifar)(*(tensor[:n] for tensor, n in zip(small_cifar, (128, 128, 50, 50))))
     monkeypatch.setattr(train_utils, "get_data", lambda device: tiny)
     monkeypatch.delenv("RETRAIN", raising=False)
     fast = dict(batch_size=64, lr=0.01)
@@ -372,7 +373,8 @@ def test_run_trains_what_is_not_trained_and_force_trains_it_again(lab, trained_o
 
 @pytest.mark.parametrize("names, complaint", [
     (["lab2f"], "error: name must be one of pretrain, iterative, quantized, got 'lab2f'"),
-    (["quantized"], "error: quantized starts from iterative, which is not trained yet: python experiments.py run iterative"),
+    (["quantized"],
+     "error: quantized starts from iterative, which is not trained yet: python experiments.py run iterative"),
 ])
 def test_run_reports_an_error_in_one_line(lab, capsys, names, complaint):
     assert lab.main(["run", *names]) == 1

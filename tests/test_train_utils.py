@@ -22,7 +22,8 @@ from conftest import REPOSITORY
 from pruning import global_prune_by_percentage, prunable_layers, sparsity, weight_masks
 from resnet20 import ResNetCIFAR
 from train_utils import (
-    atomic_save, evaluate, finetune, finetune_after_prune, fit, learning_rate, load_weights, save_weights, train, train_epoch,
+    atomic_save, evaluate, finetune, finetune_after_prune, fit, learning_rate, load_weights, save_weights, train,
+    train_epoch,
 )
 
 
@@ -172,7 +173,9 @@ def test_finetune_follows_the_assigned_recipe(net, optimizer_steps):
     assert {(s["momentum"], s["weight_decay"], s["nesterov"]) for s in optimizer_steps} == {(0.875, 1e-4, False)}
 
 
-@pytest.mark.parametrize("entry_point, file", [(train, "net_after_train.pt"), (finetune, "quantized_net_after_finetune.pt")])
+@pytest.mark.parametrize("entry_point, file", [
+    (train, "net_after_train.pt"), (finetune, "quantized_net_after_finetune.pt"),
+])
 def test_the_best_epoch_is_saved_in_the_current_folder(monkeypatch, tmp_path, net, entry_point, file):
     accuracies, states = iter([0.3, 0.5, 0.4]), []
 
@@ -214,7 +217,8 @@ def test_finetune_holds_zeros_unless_told_otherwise(n_bits):
 @pytest.mark.parametrize("prune", [True, False])
 def test_finetune_after_prune_takes_a_torchvision_loader(net, small_cifar, prune):
     to_tensor = transforms.Compose([transforms.ToPILImage(), transforms.RandomHorizontalFlip(), transforms.ToTensor()])
-    dataset = [(to_tensor(image), int(label)) for image, label in zip(small_cifar.train_images, small_cifar.train_labels)]
+    pairs = zip(small_cifar.train_images, small_cifar.train_labels)
+    dataset = [(to_tensor(image), int(label)) for image, label in pairs]
     global_prune_by_percentage(net, 70.0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.875, weight_decay=1e-4)
     finetune_after_prune(net, DataLoader(dataset, 64, shuffle=True), nn.CrossEntropyLoss(), optimizer, prune=prune)
@@ -403,10 +407,12 @@ def set_nan(state):
     (lambda net, path: torch.save([1, 2], path), "another architecture"),
     (lambda net, path: save_weights(ResNetCIFAR(num_layers=14), path), "another architecture.*body_op.1.id_mapping"),
     (altered(lambda state: state.pop("final_fc.linear.bias")), "another architecture.*final_fc.linear.bias"),
-    (altered(lambda state: state.update({"final_fc.linear.bias": torch.zeros(11)})), r"final_fc.linear.bias has shape \(11,\)"),
+    (altered(lambda state: state.update({"final_fc.linear.bias": torch.zeros(11)})),
+     r"final_fc.linear.bias has shape \(11,\)"),
     (altered(lambda state: state.update({"final_fc.linear.bias": [0.0] * 10})), "final_fc.linear.bias is a list"),
     (altered(set_nan), "body_op.1.id_mapping.0.conv.weight holds NaN"),
-], ids=["truncated", "empty", "malicious", "malicious inside", "list", "deeper net", "missing key", "shape", "no tensor", "NaN"])
+], ids=["truncated", "empty", "malicious", "malicious inside", "list", "deeper net", "missing key", "shape",
+        "no tensor", "NaN"])
 def test_a_file_that_is_no_checkpoint_of_the_net_is_refused(net, tmp_path, write, complaint):
     write(net, tmp_path / "net.pt")
     other = ResNetCIFAR(num_layers=8)
