@@ -1,4 +1,4 @@
-"""Fixed-point (quantized-weight) layers: the straight-through estimator and the two layers built on it."""
+"""Fixed-point (quantized-weight) layers: two quantizers with a straight-through gradient, and the layers built on them."""
 
 import math  # noqa: F401  (math, np and F are re-exported, see __all__)
 import operator
@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # Notebooks written against the course's skeleton rely on `from FP_layers import *` for these names too.
-__all__ = ["STE", "FP_Conv", "FP_Linear", "check_n_bits", "torch", "nn", "F", "math", "np", "device"]
+__all__ = ["STE", "LearnedStep", "FP_Conv", "FP_Linear", "check_n_bits", "code_range", "fit_step", "torch", "nn", "F", "math", "np", "device"]
 
 MAX_BITS = 16  # beyond this, neighbouring levels are no longer told apart reliably in float32 arithmetic
 
@@ -98,44 +98,152 @@ class STE(torch.autograd.Function):
         return g, None, None
 
 
-class FP_Linear(nn.Module):
-    """A fully connected layer (child `linear`, an nn.Linear with bias) whose weight passes through the STE.
+# ---------------------------------------------------------------- a step that is learned
 
-    Maps (..., in_features) to (..., out_features). Nbits and symmetric as in STE; the bias stays float.
-    Nbits=None is exactly nn.Linear. Raises as STE does, for Nbits already at construction.
+
+QUANTIZERS = ("minmax", "learned")
+
+
+def code_range(Nbits, symmetric=False):
+    """Return (lowest, highest), the integer codes of LearnedStep; zero is always among them.
+
+    Two's complement, -2^(Nbits-1) to 2^(Nbits-1) - 1; with symmetric=True as far down as up, so that 2 bits
+    are the ternary codes -1, 0, 1. Raises as check_n_bits does, and ValueError if Nbits is None or below 2.
+    """
+    n_bits = check_n_bits(Nbits, symmetric)
+    if n_bits is None or n_bits < 2:
+        raise ValueError(f"Nbits must be 2 to {MAX_BITS} for a learned step, got {Nbits}")
+    highest = 2 ** (n_bits - 1) - 1
+    return (-highest if symmetric else -highest - 1), highest
+
+
+class LearnedStep(torch.autograd.Function):
+    """Quantize to integer multiples of a step that is itself trained, with a level at zero.
+
+    LearnedStep.apply(w, step, lowest, highest) returns clamp(round(w / step), lowest, highest) * step, of w's
+    shape. step must be positive and broadcast against w, one for each output channel: (C, 1, 1, 1) for a
+    convolution's (C, ...). A weight that is zero stays exactly zero.
+
+    Gradients, with v = w / step: dL/dw passes where lowest <= v <= highest and is zero elsewhere; dQ/dstep is
+    round(v) - v inside and the clamped code outside, summed over the weights that share the step and divided
+    by sqrt(their number * highest), which brings its size near that of the weights' gradients.
+
+    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, equations 1 to 3 and section 2.2.
     """
 
-    def __init__(self, in_features, out_features, Nbits=None, symmetric=False):
+    @staticmethod
+    def forward(ctx, w, step, lowest, highest):
+        v = w / step
+        codes = v.round().clamp(lowest, highest)
+        ctx.save_for_backward(v, codes, step)
+        ctx.limits = lowest, highest
+        return codes * step
+
+    @staticmethod
+    def backward(ctx, g):
+        v, codes, step = ctx.saved_tensors
+        lowest, highest = ctx.limits
+        inside = (v >= lowest) & (v <= highest)
+        slope = torch.where(inside, codes - v, codes)
+        shared_by = v.numel() / step.numel()
+        step_gradient = (g * slope).sum_to_size(step.shape) / math.sqrt(shared_by * highest)
+        return g * inside, step_gradient, None, None
+
+
+@torch.no_grad()
+def fit_step(w, lowest, highest, candidates=100):
+    """Return the step of each output channel of w, (C, 1, ..., 1), that quantizes it with least squared error.
+
+    w: (C, ...), finite. The best of `candidates` equally spaced steps up to max|w| / highest is improved by the closed
+    form <w, codes> / <codes, codes> for its codes. A channel of zeros gets step 1.
+    """
+    rows = w.flatten(1)
+    largest = rows.abs().amax(1, keepdim=True) / highest
+    best, error = largest, torch.full_like(largest, math.inf)
+    for i in range(1, candidates + 1):
+        step = torch.where(largest > 0, largest, 1.0) * i / candidates
+        codes = (rows / step).round().clamp(lowest, highest)
+        norm = codes.square().sum(1, keepdim=True)
+        step = torch.where(norm > 0, (rows * codes).sum(1, keepdim=True) / norm, step)
+        error_i = (rows - (rows / step).round().clamp(lowest, highest) * step).square().sum(1, keepdim=True)
+        best, error = torch.where(error_i < error, step, best), torch.minimum(error_i, error)
+    return torch.where(largest > 0, best, 1.0).view(-1, *[1] * (w.dim() - 1))
+
+
+# ---------------------------------------------------------------- layers
+
+
+class _FixedPoint(nn.Module):
+    """What FP_Conv and FP_Linear share: how the weight of their one child becomes the weight they compute with."""
+
+    def __init__(self, Nbits, symmetric, quantizer):
         super().__init__()
+        if quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {quantizer!r}")
         self.Nbits = check_n_bits(Nbits, symmetric)
         self.symmetric = bool(symmetric)
-        self.linear = nn.Linear(in_features, out_features)
+        self.quantizer = quantizer
 
-    def forward(self, x):
-        return F.linear(x, STE.apply(self.linear.weight, self.Nbits, self.symmetric), self.linear.bias)
+    @property
+    def weight(self):
+        """The float weight behind the quantized one, the child's parameter."""
+        return next(self.children()).weight
+
+    def quantized_weight(self):
+        """Return the weight that forward computes with, of the float weight's shape."""
+        if self.Nbits is None or self.quantizer == "minmax":
+            return STE.apply(self.weight, self.Nbits, self.symmetric)
+        return LearnedStep.apply(self.weight, self.positive_step(), *code_range(self.Nbits, self.symmetric))
+
+    def positive_step(self):
+        """Return the learned step of each output channel, (C, 1, ..., 1): |step|, so that training cannot flip it."""
+        return self.step.abs().clamp_min(torch.finfo(self.step.dtype).tiny)
+
+    def reset_step(self):
+        """Set the learned step to the least-squares one for the weight as it is, in place; else do nothing."""
+        if self.Nbits is not None and self.quantizer == "learned":
+            step = fit_step(self.weight, *code_range(self.Nbits, self.symmetric))
+            if not hasattr(self, "step"):
+                self.step = nn.Parameter(step)
+            else:
+                self.step.data.copy_(step)
 
     def extra_repr(self):
-        return f"Nbits={self.Nbits}, symmetric={self.symmetric}"
+        return f"Nbits={self.Nbits}, symmetric={self.symmetric}, quantizer={self.quantizer}"
 
 
-class FP_Conv(nn.Module):
-    """A 2D convolution (child `conv`, an nn.Conv2d) whose weight passes through the STE.
+class FP_Linear(_FixedPoint):
+    """A fully connected layer (child `linear`, an nn.Linear with bias) whose weight is quantized.
+
+    Maps (..., in_features) to (..., out_features). Nbits and symmetric as in STE; the bias stays float.
+    quantizer: "minmax", the STE, or "learned", a LearnedStep (parameter `step`, (out_features, 1)). Nbits=None
+    is exactly nn.Linear. Raises as STE and code_range do, for Nbits already at construction, and ValueError for
+    another quantizer.
+    """
+
+    def __init__(self, in_features, out_features, Nbits=None, symmetric=False, quantizer="minmax"):
+        super().__init__(Nbits, symmetric, quantizer)
+        self.linear = nn.Linear(in_features, out_features)
+        self.reset_step()
+
+    def forward(self, x):
+        return F.linear(x, self.quantized_weight(), self.linear.bias)
+
+
+class FP_Conv(_FixedPoint):
+    """A 2D convolution (child `conv`, an nn.Conv2d) whose weight is quantized.
 
     Maps (N, in_channels, H, W) to (N, out_channels, H', W') as nn.Conv2d does. Nbits and symmetric as in
-    STE; a bias stays float. Nbits=None is exactly nn.Conv2d. Raises as STE does, for Nbits already at
-    construction.
+    STE; a bias stays float. quantizer: "minmax", the STE, or "learned", a LearnedStep (parameter `step`,
+    (out_channels, 1, 1, 1)). Nbits=None is exactly nn.Conv2d. Raises as STE and code_range do, for Nbits
+    already at construction, and ValueError for another quantizer.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False,
-                 Nbits=None, symmetric=False):
-        super().__init__()
-        self.Nbits = check_n_bits(Nbits, symmetric)
-        self.symmetric = bool(symmetric)
+                 Nbits=None, symmetric=False, quantizer="minmax"):
+        super().__init__(Nbits, symmetric, quantizer)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        self.reset_step()
 
     def forward(self, x):
-        weight = STE.apply(self.conv.weight, self.Nbits, self.symmetric)
-        return F.conv2d(x, weight, self.conv.bias, self.conv.stride, self.conv.padding)
-
-    def extra_repr(self):
-        return f"Nbits={self.Nbits}, symmetric={self.symmetric}"
+        return F.conv2d(x, self.quantized_weight(), self.conv.bias, self.conv.stride, self.conv.padding)

@@ -248,6 +248,20 @@ def _try(problems, read, place):
         return None
 
 
+def hold_out(data, n, seed=0):
+    """Return a CIFAR10 that trains on all but `n` random training images and tests on those; the test set is left out.
+
+    The same n and seed always hold out the same images. Raises ValueError if n is not between 1 and the number
+    of training images less one.
+    """
+    total = len(data.train_images)
+    if isinstance(n, bool) or not isinstance(n, int) or not 0 < n < total:
+        raise ValueError(f"n must be an integer from 1 to {total - 1}, got {n!r}")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).to(data.train_images.device)
+    held, kept = order[:n], order[n:].sort().values
+    return CIFAR10(data.train_images[kept], data.train_labels[kept], data.train_images[held], data.train_labels[held])
+
+
 # ---------------------------------------------------------------- batches
 
 

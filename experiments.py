@@ -26,7 +26,8 @@ class Run:
     question: str  # what the run answers
     start_from: str | None = "pretrain"  # run whose weights it starts from; None: random initialization
     Nbits: int | None = None  # bits per weight in the residual stages; None: float32
-    symmetric: bool = False  # symmetric instead of min-max quantizer
+    symmetric: bool = False  # levels symmetric around zero
+    quantizer: str = "minmax"  # as assigned, or "learned": a trained step for each channel, see FP_layers
     prune: str | None = None  # "layer" (a threshold for each layer), "global" (one for all) or None
     q: float = 0.0  # percentage of the weights pruned, final
     prune_epochs: int = 0  # 0: prune once, before epoch 1; n: to q*e/n before epoch e = 1..n
@@ -40,10 +41,19 @@ class Run:
     nesterov: bool = False
     weight_decay: float = 1e-4  # on all parameters, in each step
     label_smoothing: float = 0.0
+    distill: float = 0.0  # weight of what the float model says beside the labels, 0 to 1
     keep: str = "best"  # which epoch is shipped: "best" on the test set, as assigned, or "last"
     test_every: int = 1  # epochs between evaluations
+    held_out: int = 0  # training images kept for testing in place of the test set, to choose a recipe by
     seed: int = 0  # of initialization, data order and augmentation
 
+
+# The improved runs: as many epochs as assigned, and what the parts are worth is measured by the ablation runs.
+RATE = dict(lr=0.05, schedule="cosine", warmup=0.05, momentum=0.9, nesterov=True, batch_size=128)
+STEP = dict(quantizer="learned")
+DISTILL = dict(distill=0.5)
+IMPROVED = RATE | DISTILL | dict(keep="last")
+TEACHER = "pretrain"
 
 RUNS = {
     run.name: run
@@ -62,6 +72,19 @@ RUNS = {
         # The reference's 35.90 %: its fine-tuning drops the masks.
         Run("lab3d_2bit_unmasked", "Lab 3 (d): 2-bit weights, pruned weights free to grow back",
             start_from="lab2e_global", Nbits=2, hold_zeros=False),
+        Run("lab2e_global_improved", "70 % pruned with one threshold, improved", prune="global", q=70.0, prune_epochs=10,
+            **IMPROVED),
+        *(Run(f"lab3c_{n}bit_improved", f"{n}-bit weights, improved", Nbits=n, **IMPROVED, **STEP) for n in (4, 3, 2)),
+        *(Run(f"lab3d_{n}bit_improved", f"70 % pruned and {n}-bit weights, improved", start_from="lab2e_global_improved",
+              Nbits=n, symmetric=n == 2, **IMPROVED, **STEP) for n in (4, 3, 2)),  # 2 bits: the codes -1, 0, 1
+        *(Run(f"ablation_2bit_{part}", f"2-bit weights: {what}", Nbits=2, keep="last", held_out=5000, **recipe)
+          for part, what, recipe in (
+              ("assigned", "assigned recipe", {}), ("rate", "and a higher rate, on a cosine", RATE),
+              ("step", "and a learned step", RATE | STEP), ("distill", "and distillation", RATE | STEP | DISTILL))),
+        *(Run(f"ablation_global_{part}", f"70 % pruned: {what}", prune="global", q=70.0, prune_epochs=10, keep="last",
+              held_out=5000, **recipe)
+          for part, what, recipe in (("assigned", "assigned recipe", {}), ("rate", "and a higher rate, on a cosine", RATE),
+                                     ("distill", "and distillation", RATE | DISTILL))),
         # Not assigned; for a reader who sets Nbits in hw4.ipynb to a width of Lab 3 (b) that has no run of its own.
         *(Run(f"lab3c_{n}bit", f"Lab 3 (c): {n}-bit weights", Nbits=n) for n in (6, 5)),
     ]
@@ -81,10 +104,18 @@ class RecordError(RuntimeError):
 
 
 def get(name):
-    """Return the Run called `name`; raises ValueError that lists the names if there is none."""
-    if name not in RUNS:
-        raise ValueError(f"name must be one of {', '.join(RUNS)}, got {name!r}")
-    return RUNS[name]
+    """Return the Run called `name`; "NAME@K" is the run NAME with seed K, started from its parent with seed K.
+
+    Raises ValueError that lists the names if there is none.
+    """
+    base, at, seed = name.partition("@")
+    if base not in RUNS or (at and not (seed.isdecimal() and int(seed) > 0)):
+        raise ValueError(f"name must be one of {', '.join(RUNS)} (or NAME@SEED, seed >= 1), got {name!r}")
+    run = RUNS[base]
+    if not at:
+        return run
+    parent = run.start_from and f"{run.start_from}@{seed}"
+    return dataclasses.replace(run, name=name, start_from=parent, seed=int(seed))
 
 
 # ---------------------------------------------------------------- where things are
@@ -107,14 +138,16 @@ def read_record(name, folder=SHIPPED):
     """Return the record of run `name` as a dict, or None if it is not trained yet.
 
     Raises RecordError if the record's config is not the one in RUNS, or if the weights beside it are missing
-    or not those that the run wrote.
+    or not those that the run wrote. Weights of other seeds and of runs on held-out images are not shipped, so
+    they may be missing.
     """
     run = get(name)
     path = _record_path(name, folder)
     again = f"train it again: python experiments.py run {name} --force"
     try:
         record = json.loads(path.read_text())
-        recorded, sha256 = record["config"], record["weights_sha256"]
+        # A setting that the record does not know came later, with the default that changes nothing.
+        recorded, sha256 = _DEFAULTS | record["config"], record["weights_sha256"]
         config = dataclasses.asdict(run)
         differ = {key: (recorded.get(key), config.get(key)) for key in recorded.keys() | config.keys()
                   if recorded.get(key) != config.get(key) and key != "question"}  # a text, not a setting
@@ -125,9 +158,13 @@ def read_record(name, folder=SHIPPED):
     if differ:
         raise RecordError(f"{path} was trained with another config (recorded, now): {differ}; {again}")
     weights = weights_path(name, folder)
-    if not weights.exists() or _sha256(weights) != sha256:
+    optional = "@" in name or run.held_out
+    if _sha256(weights) != sha256 if weights.exists() else not optional:
         raise RecordError(f"{weights} is not the file that the run in {path} wrote; restore it, or {again}")
     return record
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Run) if field.default is not dataclasses.MISSING}
 
 
 def _sha256(path):
@@ -143,7 +180,7 @@ def not_trained(name):
 
 
 def build(name, device=None):
-    """Return the untrained net of run `name` (its Nbits and symmetric) on `device`, the GPU if there is one."""
+    """Return the untrained net of run `name` (its Nbits, symmetric, quantizer) on `device`, the GPU if there is one."""
     import torch
 
     from resnet20 import ResNetCIFAR
@@ -152,7 +189,8 @@ def build(name, device=None):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
-        return ResNetCIFAR(num_layers=20, Nbits=run.Nbits, symmetric=run.symmetric).to(device)
+        net = ResNetCIFAR(num_layers=20, Nbits=run.Nbits, symmetric=run.symmetric, quantizer=run.quantizer)
+        return net.to(device)
 
 
 def prune_before_epoch(run, epoch, net):
@@ -174,40 +212,43 @@ def train_run(name, folder=SHIPPED):
 
     The run it starts from must be trained, in `folder` or among the shipped runs: else RecordError.
     """
+    from cifar10 import hold_out
     from pruning import layer_sparsity, sparsity
-    from train_utils import evaluate, execution, fit, get_data, load_weights, save_weights
+    from train_utils import evaluate, execution, fit, fit_steps, get_data, save_weights
 
     run = get(name)
-    net = build(name)
-    parent_sha256 = None
+    net, parent_sha256 = build(name), None
     if run.start_from is not None:
-        parent = folder if read_record(run.start_from, folder) else SHIPPED
-        parent_record = read_record(run.start_from, parent)
-        if parent_record is None:
-            raise RecordError(f"{name} starts from {run.start_from}, which is {not_trained(run.start_from)}")
-        parent_sha256 = parent_record["weights_sha256"]
-        load_weights(net, weights_path(run.start_from, parent))
+        parent_sha256 = _load_parent(run.start_from, net, folder, name)
+        fit_steps(net)  # a parent's steps belong to its own width
+    teacher, teacher_sha256 = None, None
+    if run.distill:
+        teacher = build(TEACHER)
+        teacher_sha256 = _load_parent(TEACHER, teacher, folder, name)
 
     pruned_from = max(run.prune_epochs, 1)  # first epoch that starts at the final sparsity
     state_path = folder / f"{name}.resume.pt"
     device = next(net.parameters()).device
-    n_images = len(get_data(device).train_images)
+    data = hold_out(get_data(device), run.held_out) if run.held_out else get_data(device)
+    n_images = len(data.train_images)
     how = execution(device, steps=run.epochs * -(-n_images // run.batch_size))
     history, best_state = fit(
         net, epochs=run.epochs, batch_size=run.batch_size, lr=run.lr, weight_decay=run.weight_decay,
         momentum=run.momentum, nesterov=run.nesterov, schedule=run.schedule, warmup=run.warmup,
-        label_smoothing=run.label_smoothing, **how, seed=run.seed, test_every=run.test_every,
+        label_smoothing=run.label_smoothing, teacher=teacher, distill=run.distill, **how, seed=run.seed,
+        test_every=run.test_every, data=data,
         before_epoch=functools.partial(prune_before_epoch, run),
         hold_zeros_from=pruned_from if run.hold_zeros else None, best_from=pruned_from,
         state_path=state_path,
-        state_tag={"config": dataclasses.asdict(run), "start_from_sha256": parent_sha256, "execution": how},
+        state_tag={"config": dataclasses.asdict(run), "start_from_sha256": parent_sha256,
+                   "teacher_sha256": teacher_sha256, "execution": how},
         name=name,
     )
     tested = [entry for entry in history if "test_accuracy" in entry and entry["epoch"] >= pruned_from]
     best, last = max(tested, key=lambda entry: entry["test_accuracy"]), tested[-1]
     if run.keep == "best":
         net.load_state_dict(best_state)
-    loss, accuracy = evaluate(net)
+    loss, accuracy = evaluate(net, data)
     seconds = sum(entry["seconds"] for entry in history)
     save_weights(net, weights_path(name, folder))
     record = {
@@ -221,6 +262,7 @@ def train_run(name, folder=SHIPPED):
         "layer_sparsity": layer_sparsity(net),
         "weights_sha256": _sha256(weights_path(name, folder)),
         "start_from_sha256": parent_sha256,
+        "teacher_sha256": teacher_sha256,
         "seconds": seconds,
         "images_per_second": n_images * len(history) / seconds,
         "environment": _environment(net) | how,
@@ -229,6 +271,18 @@ def train_run(name, folder=SHIPPED):
     _write_text(_record_path(name, folder), json.dumps(record, indent=1) + "\n")
     state_path.unlink(missing_ok=True)
     return record
+
+
+def _load_parent(name, net, folder, wanted_by):
+    """Load run `name`, from `folder` or else from the shipped ones, into `net`; return the SHA-256 of its weights."""
+    from train_utils import load_weights
+
+    for place in (folder, SHIPPED):
+        record, weights = read_record(name, place), weights_path(name, place)
+        if record is not None and weights.exists():
+            load_weights(net, weights)
+            return record["weights_sha256"]
+    raise RecordError(f"{wanted_by} starts from {name}, which is {not_trained(name)}")
 
 
 def _environment(net):
@@ -261,7 +315,10 @@ def load_or_train(name, net=None):
     folder = RETRAINED if _retraining() else SHIPPED
     if _retraining() and name not in _retrained_here:
         _record_path(name, folder).unlink(missing_ok=True)
-    record = read_record(name, folder) or train_run(name, folder)
+    record = read_record(name, folder)
+    if record is None:
+        announce([name])
+        record = train_run(name, folder)
     if _retraining():
         _retrained_here.add(name)
     return load_weights(build(name) if net is None else net, weights_path(name, folder)), record
@@ -272,69 +329,53 @@ def is_available(name):
     return _retraining() or read_record(name) is not None
 
 
-# ---------------------------------------------------------------- results in one place
+# ---------------------------------------------------------------- how long it takes
 
 
-RESULTS_HEADER = ["Question", "Reference (%)", "Ours, best epoch (%)", "Ours, last epoch (%)"]
-_BEGIN = "<!-- results: written by `python experiments.py results --write README.md` -->"
-_END = "<!-- end of results -->"
+def seconds_needed(names, device=None):
+    """Return about how many seconds training the runs `names` takes on `device`, from a few steps timed there.
+
+    An upper bound more than a mean: the steps are eager, while long runs are compiled.
+    """
+    from train_utils import training_speed
+
+    images = sum(run.epochs * (50_000 - run.held_out) * (4 / 3 if run.distill else 1) for run in map(get, names))
+    return images / training_speed(build("pretrain", device))
 
 
-def results_rows(names=tuple(REFERENCE)):
-    """Return a row of cells (see RESULTS_HEADER) for each run in `names`, from the shipped records."""
-    rows = []
-    for name in names:
-        record, reference = read_record(name), f"{100 * REFERENCE[name]:.2f}" if name in REFERENCE else "none"
-        ours = ["not trained yet", ""]
-        if record is not None:
-            ours = [f"{100 * record[which]['test_accuracy']:.2f}" for which in ("best", "last")]
-            if record["config"]["keep"] == "last":  # no epoch was chosen on the test set
-                ours[0] = "not used"
-        rows.append([get(name).question, reference, *ours])
-    return rows
+def announce(names):
+    """Print how long training the runs `names` will take here, before it starts."""
+    import torch
 
-
-def write_results(path):
-    """Replace the results table of the Markdown file at `path`, between its two marker lines."""
-    path = Path(path)
-    before, _, rest = path.read_text().partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not end:
-        raise ValueError(f"{path} must hold the lines {_BEGIN!r} and {_END!r}")
-    lines = [RESULTS_HEADER, [":--", "--:", "--:", "--:"], *results_rows()]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    _write_text(path, f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}")
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"this CPU, {torch.get_num_threads()} threads"
+    minutes = seconds_needed(names) / 60
+    time = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes" if minutes >= 1 else "a minute"
+    print(f"{', '.join(names)}: at most about {time} of training on {where}", flush=True)
 
 
 # ---------------------------------------------------------------- command line
 
 
 def main(arguments=None):
-    """Command line: `list`, `run NAME ... [--force]`, `run all`, `results`. Returns the exit status."""
+    """Command line: `list`, `run NAME ... [--force] [--seeds N]`, `run all`. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name every run, with its result")
     run = commands.add_parser("run", help="train runs that are not trained yet; an interrupted run goes on")
     run.add_argument("names", nargs="+", metavar="NAME", help="names from `list`, or all")
     run.add_argument("--force", action="store_true", help="train again what is trained already")
-    results = commands.add_parser("results", help="print our results beside the reference's")
-    results.add_argument("--write", metavar="FILE", help="write them into a Markdown file's results section instead")
+    run.add_argument("--seeds", type=int, default=1, metavar="N", help="train each with N seeds: NAME, NAME@1, ...")
     options = parser.parse_args(arguments)
     try:
         if options.command == "list":
             for name, run in RUNS.items():
                 record = read_record(name)
                 result = f"{100 * record['test_accuracy']:6.2f} %" if record else "not trained"
-                print(f"{name:18} {result:12} {run.question}")
-        elif options.command == "results" and options.write:
-            write_results(options.write)
-        elif options.command == "results":
-            for row in [RESULTS_HEADER, *results_rows()]:
-                print("{:62} {:>14} {:>21} {:>21}".format(*row))
+                print(f"{name:24} {result:12} {run.question}")
         else:
             names = list(RUNS) if options.names == ["all"] else options.names
-            for name in map(get, names):
-                _run_command(name.name, options.force)
+            seeds = ["", *(f"@{seed}" for seed in range(1, options.seeds))]
+            _run_command([get(name + seed).name for seed in seeds for name in names], options.force)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -344,15 +385,21 @@ def main(arguments=None):
     return 0
 
 
-def _run_command(name, force):
-    record = None if force else read_record(name)
-    if record:
-        print(f"{name}: trained already, {100 * record['test_accuracy']:.2f} % (--force trains it again)")
-        return
-    record = train_run(name)  # the old weights and record stay until the new ones are there
-    print(f"{name}: best {100 * record['best']['test_accuracy']:.2f} % in epoch {record['best']['epoch']}, "
-          f"last {100 * record['last']['test_accuracy']:.2f} %, {record['seconds'] / 60:.1f} min, "
-          f"{record['images_per_second']:.0f} images/s")
+def _run_command(names, force):
+    wanted = []
+    for name in names:
+        record = None if force else read_record(name)
+        if record is None:
+            wanted.append(name)
+        else:
+            print(f"{name}: trained already, {100 * record['test_accuracy']:.2f} % (--force trains it again)")
+    if wanted:
+        announce(wanted)
+    for name in wanted:
+        record = train_run(name)  # the old weights and record stay until the new ones are there
+        print(f"{name}: best {100 * record['best']['test_accuracy']:.2f} % in epoch {record['best']['epoch']}, "
+              f"last {100 * record['last']['test_accuracy']:.2f} %, {record['seconds'] / 60:.1f} min, "
+              f"{record['images_per_second']:.0f} images/s", flush=True)
 
 
 if __name__ == "__main__":

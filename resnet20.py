@@ -12,12 +12,12 @@ class ResNet_Block(nn.Module):
 
     Maps (N, in_chs, H, W) to (N, out_chs, H/strides, W/strides). The shortcut (`id_mapping`) is the
     identity where shapes agree, else a 1x1 convolution and a BatchNorm (He et al., 2016, option B).
-    Nbits and symmetric apply to all convolutions of the block; see FP_layers.STE for what they allow.
+    Nbits, symmetric and quantizer apply to all convolutions of the block; see FP_layers.FP_Conv.
     """
 
-    def __init__(self, in_chs, out_chs, strides, Nbits=None, symmetric=False):
+    def __init__(self, in_chs, out_chs, strides, Nbits=None, symmetric=False, quantizer="minmax"):
         super().__init__()
-        fixed_point = {"Nbits": Nbits, "symmetric": symmetric}
+        fixed_point = {"Nbits": Nbits, "symmetric": symmetric, "quantizer": quantizer}
         self.conv1 = nn.Sequential(
             FP_Conv(in_chs, out_chs, kernel_size=3, stride=strides, padding=1, bias=False, **fixed_point),
             nn.BatchNorm2d(out_chs),
@@ -44,20 +44,22 @@ class ResNetCIFAR(nn.Module):
     """ResNet for 32x32 RGB images and 10 classes: (N, 3, 32, 32) normalized pixels to (N, 10) logits.
 
     num_layers is 6n + 2 (20 gives 272,474 parameters): a 3x3 convolution, three stages of n blocks with
-    16, 32 and 64 channels, global average pooling and a linear layer. Nbits and symmetric apply to the
-    stages, their 1x1 projections included; the first convolution and the last layer always stay float.
+    16, 32 and 64 channels, global average pooling and a linear layer. Nbits, symmetric and quantizer (see
+    FP_layers.FP_Conv) apply to the stages, their 1x1 projections included; the first convolution and the last
+    layer always stay float.
 
-    Raises ValueError if num_layers is not 6n + 2 with n >= 1, and as FP_layers.check_n_bits does.
+    Raises ValueError if num_layers is not 6n + 2 with n >= 1, and as FP_layers.FP_Conv does.
     Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
     """
 
-    def __init__(self, num_layers=20, Nbits=None, symmetric=False):
+    def __init__(self, num_layers=20, Nbits=None, symmetric=False, quantizer="minmax"):
         super().__init__()
         if not isinstance(num_layers, int) or num_layers not in range(8, 10_000, 6):
             raise ValueError(f"num_layers must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {num_layers!r}")
         self.num_layers = num_layers
         self.Nbits = check_n_bits(Nbits, symmetric)
         self.symmetric = bool(symmetric)
+        self.quantizer = quantizer
 
         self.head_conv = nn.Sequential(
             FP_Conv(3, 16, kernel_size=3, stride=1, padding=1, bias=False, Nbits=None),
@@ -68,7 +70,7 @@ class ResNetCIFAR(nn.Module):
         for stage, out_chs in enumerate((16, 32, 64)):
             for block in range((num_layers - 2) // 6):
                 strides = 2 if stage > 0 and block == 0 else 1
-                blocks.append(ResNet_Block(in_chs, out_chs, strides, Nbits=self.Nbits, symmetric=self.symmetric))
+                blocks.append(ResNet_Block(in_chs, out_chs, strides, self.Nbits, self.symmetric, quantizer))
                 in_chs = out_chs
         self.body_op = nn.Sequential(*blocks)
         self.avg_pool = nn.AdaptiveAvgPool2d(1)

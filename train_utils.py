@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 import cifar10
 from files import atomic_write
+from FP_layers import FP_Conv, FP_Linear
 from pruning import apply_masks, sparsity, weight_masks
 
 __all__ = ["train", "finetune", "finetune_after_prune", "test", "evaluate", "fit", "save_weights", "load_weights"]
@@ -48,6 +49,7 @@ def save_weights(net, path):
 def load_weights(net, path):
     """Load a state dict from `path` into `net`, in place, on the net's device; return the net.
 
+    A float checkpoint also loads into layers with a learned step, whose steps are then fitted to the weights.
     Raises FileNotFoundError if there is no such file, and ValueError if it is truncated, no state dict of
     this architecture, or holds NaN or infinite values; the net is unchanged then. Pickled code never runs.
     """
@@ -58,6 +60,10 @@ def load_weights(net, path):
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint of weights: {error}") from error
     expected = net.state_dict()
+    steps = {name for name in expected if name.endswith(".step")}
+    fit_anew = isinstance(state, dict) and bool(steps) and not steps & state.keys()
+    if fit_anew:
+        expected = {name: tensor for name, tensor in expected.items() if name not in steps}
     if not isinstance(state, dict) or state.keys() != expected.keys():
         amiss = sorted(map(str, expected.keys() ^ state.keys()))[:4] if isinstance(state, dict) else type(state)
         raise ValueError(f"{path} is a checkpoint of another architecture; names not shared: {amiss}")
@@ -68,8 +74,17 @@ def load_weights(net, path):
             raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values")
-    net.load_state_dict(state)
+    net.load_state_dict(state, strict=not fit_anew)
+    if fit_anew:
+        fit_steps(net)
     return net
+
+
+def fit_steps(net):
+    """Set every learned step in `net`, in place, to the least-squares one for its weights (FP_layers.fit_step)."""
+    for module in net.modules():
+        if isinstance(module, (FP_Conv, FP_Linear)):
+            module.reset_step()
 
 
 def _snapshot(net):
@@ -130,11 +145,34 @@ def learning_rate(schedule, peak, progress, warmup=0.0):
     raise ValueError(f"schedule must be 'constant', 'step' or 'cosine', got {schedule!r}")
 
 
+class SoftTargets:
+    """Batches whose labels are mixed with what a teacher says: y becomes (1 - weight) * one-hot + weight * teacher(x).
+
+    batches: pairs of images (B, 3, 32, 32) and labels (B,); teacher: a net, moved to evaluation mode; yields
+    images and probabilities (B, classes). Cross entropy against them is (1 - weight) times the one against the
+    labels plus weight times the one against the teacher, at temperature 1.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; Mishra and Marr, "Apprentice",
+    ICLR 2018, for low-precision students.
+    """
+
+    def __init__(self, batches, teacher, weight, bf16=False):
+        self.batches, self.teacher, self.weight, self.bf16 = batches, teacher.eval(), weight, bf16
+
+    def __iter__(self):
+        for x, y in self.batches:
+            with torch.no_grad(), torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                logits = self.teacher(x.contiguous(memory_format=torch.channels_last))
+            taught = logits.float().softmax(1)
+            yield x, torch.lerp(F.one_hot(y, taught.shape[1]).float(), taught, self.weight)
+
+
 def train_epoch(net, batches, optimizer, criterion, *, hold_zeros, bf16=False, forward=None,
                 on_step=lambda step: None):
     """Train `net`, in place, on one pass over `batches`; return (mean loss, accuracy) of the training batches.
 
-    batches: pairs of images (B, 3, 32, 32) and labels (B,), on any device. hold_zeros keeps the weights at
+    batches: pairs of images (B, 3, 32, 32) and labels (B,), or probabilities (B, classes) to be matched, on any
+    device. hold_zeros keeps the weights at
     zero that are zero at the start. on_step(i) is called before step i; nothing here waits for the device
     before the epoch's end. With bf16 the forward pass runs under bfloat16 autocast, weights stay float32.
     forward: the compiled net, if it was compiled.
@@ -160,7 +198,7 @@ def train_epoch(net, batches, optimizer, criterion, *, hold_zeros, bf16=False, f
             apply_masks(net, masks)
         with torch.no_grad():
             total_loss += loss.detach() * len(y)
-            correct += (logits.argmax(1) == y).sum()
+            correct += (logits.argmax(1) == (y if y.dim() == 1 else y.argmax(1))).sum()
         seen += len(y)
     if not seen:
         raise ValueError("batches must hold at least one batch, got none")
@@ -168,9 +206,9 @@ def train_epoch(net, batches, optimizer, criterion, *, hold_zeros, bf16=False, f
 
 
 def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=False, schedule="constant",
-        warmup=0.0, label_smoothing=0.0, bf16=False, compile=False, seed=0, before_epoch=None,
-        hold_zeros_from=1, test_every=1, best_from=1, data=None, state_path=None, state_tag=None, name="training",
-        log_every_n=50):
+        warmup=0.0, label_smoothing=0.0, teacher=None, distill=0.0, bf16=False, compile=False, seed=0,
+        before_epoch=None, hold_zeros_from=1, test_every=1, best_from=1, data=None, state_path=None,
+        state_tag=None, name="training", log_every_n=50):
     """Train `net`, in place, with SGD on CIFAR-10; return (history, best_state).
 
     epochs, batch_size (images), lr (peak) and weight_decay (per step, on all parameters) as in torch.optim.SGD;
@@ -180,6 +218,7 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     at the end, test_loss and test_accuracy (fractions). best_state is the state dict of the best
     epoch tested, from epoch best_from on (before it, an iteratively pruned net is not sparse enough to count).
 
+    teacher: a net on the same device from which to distill with weight `distill`, 0 to 1 (see SoftTargets).
     bf16 and compile make it faster (see execution): bfloat16 autocast, and torch.compile.
 
     With state_path the whole state is kept there after each epoch, and a later call goes on from it, bit for
@@ -195,6 +234,10 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
             raise ValueError(f"{argument} must be a finite number >= 0, got {value!r}")
     if not (isinstance(warmup, (int, float)) and 0 <= warmup < 1):
         raise ValueError(f"warmup must be a fraction of the steps, 0 <= warmup < 1, got {warmup!r}")
+    if not (isinstance(distill, (int, float)) and 0 <= distill <= 1):
+        raise ValueError(f"distill must be a weight from 0 to 1, got {distill!r}")
+    if bool(distill) != (teacher is not None):
+        raise ValueError(f"distill must be above 0 with a teacher and 0 without, got {distill!r} and {type(teacher).__name__}")
     learning_rate(schedule, lr, 0.5)  # refuse an unknown schedule before the work, not after
     device = _device_of(net)
     data = get_data(device) if data is None else data
@@ -207,6 +250,9 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
         history, best = _resume(state_path, state_tag, net, optimizer)
 
     forward = torch.compile(net, dynamic=False) if compile else net
+    if teacher is not None:
+        teacher.to(memory_format=torch.channels_last).eval()
+        teacher = torch.compile(teacher, dynamic=False) if compile else teacher
     steps = -(-len(data.train_images) // batch_size)
     with tqdm(total=epochs * steps, initial=len(history) * steps, desc=name, unit="step", mininterval=2.0) as bar:
         for epoch in range(len(history) + 1, epochs + 1):
@@ -225,6 +271,8 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
             hold = hold_zeros_from is not None and epoch >= hold_zeros_from
             batches = cifar10.Batches(data.train_images, data.train_labels, batch_size,
                                       seed=seed * 100_003 + epoch, augment=True)
+            if teacher is not None:
+                batches = SoftTargets(batches, teacher, distill, bf16)
             try:
                 loss, accuracy = train_epoch(net, batches, optimizer, criterion, hold_zeros=hold, bf16=bf16,
                                              forward=forward, on_step=on_step)
@@ -268,6 +316,18 @@ def _resume(state_path, tag, net, optimizer):
         return state["history"], state["best"]
     except Exception as error:
         raise ValueError(f"{state_path} cannot be resumed from ({error}); delete it to start over") from error
+
+
+def training_speed(net, batch_size=256, steps=4):
+    """Return how many images a second `net` trains on, from a few eager steps timed after two others; the net is used up."""
+    device = _device_of(net)
+    images, labels = get_data(device)[:2]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9)
+    for n in (2, steps):
+        batches = cifar10.Batches(images[: n * batch_size], labels[: n * batch_size], batch_size, augment=True)
+        started = time.perf_counter()
+        train_epoch(net, batches, optimizer, F.cross_entropy, hold_zeros=False, bf16=execution(device)["bf16"])
+    return len(batches.images) / (time.perf_counter() - started)
 
 
 def execution(device, steps=math.inf):

@@ -480,3 +480,27 @@ def test_one_seed_gives_one_augmentation_on_every_device(small_cifar):
     images = small_cifar.train_images
     on_cpu = random_crop_flip(images, torch.Generator().manual_seed(7))
     assert torch.equal(random_crop_flip(images.cuda(), torch.Generator().manual_seed(7)).cpu(), on_cpu)
+
+
+# ---------------------------------------------------------------- held out
+
+
+def test_held_out_images_are_for_testing_only_and_the_test_set_is_left_out(small_cifar):
+    data = cifar10.hold_out(small_cifar, 56)
+    assert [len(part) for part in data] == [200, 200, 56, 56]
+    together = torch.cat([data.train_images, data.test_images]).flatten(1).unique(dim=0)
+    assert torch.equal(together, small_cifar.train_images.flatten(1).unique(dim=0))
+    label_of = {image.numpy().tobytes(): int(label) for image, label in zip(small_cifar.train_images, small_cifar.train_labels)}
+    for images, labels in (data[:2], data[2:]):
+        assert [label_of[image.numpy().tobytes()] for image in images] == labels.tolist()
+
+
+def test_a_seed_holds_out_the_same_images_always(small_cifar):
+    first, again, other = (cifar10.hold_out(small_cifar, 56, seed=seed).test_images for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("n", [0, -1, 256, 300, 0.1, True])
+def test_a_bad_number_to_hold_out_is_refused(small_cifar, n):
+    with pytest.raises(ValueError, match=f"n must be an integer from 1 to 255, got {n!r}"):
+        cifar10.hold_out(small_cifar, n)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import shutil
 import sys
 
@@ -306,6 +307,106 @@ def test_a_run_without_its_parent_says_what_to_train_first(lab):
         lab.train_run("iterative")
 
 
+def test_a_setting_that_came_later_counts_as_its_default(lab, trained_once):
+    path = lab.SHIPPED / "pretrain.json"
+    record = json.loads(path.read_text())
+    del record["config"]["distill"]
+    path.write_text(json.dumps(record))
+    assert lab.read_record("pretrain")["config"] == record["config"]
+    redefine(lab, "pretrain", distill=0.5)
+    with pytest.raises(lab.RecordError, match=r"another config.*'distill': \(0.0, 0.5\)"):
+        lab.read_record("pretrain")
+
+
+# ---------------------------------------------------------------- seeds, held-out images, improved runs
+
+
+def test_a_seed_is_a_run_of_its_own_with_its_parents_of_that_seed():
+    run, base = experiments.get("lab3d_2bit@2"), experiments.get("lab3d_2bit")
+    assert dataclasses.asdict(run) == dataclasses.asdict(base) | {
+        "name": "lab3d_2bit@2", "start_from": "lab2e_global@2", "seed": 2}
+    assert experiments.get("pretrain@1").start_from is None
+
+
+@pytest.mark.parametrize("name", ["lab3d_2bit@", "lab3d_2bit@0", "lab3d_2bit@-1", "lab3d_2bit@x", "x@1"])
+def test_a_seed_that_is_none_is_refused(name):
+    with pytest.raises(ValueError, match=f"NAME@SEED, seed >= 1.*got '{name}'"):
+        experiments.get(name)
+
+
+def test_seeds_differ_and_their_record_needs_no_weights(lab, trained_once):
+    first, other = lab.read_record("pretrain"), lab.train_run("pretrain@1")
+    assert other["weights_sha256"] != first["weights_sha256"] and other["config"]["seed"] == 1
+    assert lab.train_run("iterative@1")["start_from_sha256"] == other["weights_sha256"]
+    lab.weights_path("pretrain@1").unlink()
+    assert lab.read_record("pretrain@1") == other
+    with pytest.raises(lab.RecordError, match="iterative@1 starts from pretrain@1"):
+        lab.train_run("iterative@1")
+
+
+def test_run_all_with_seeds_trains_each_chain_in_order(lab, trained_once, monkeypatch, capsys):
+    trained, record = [], lab.read_record("pretrain")
+    monkeypatch.setattr(lab, "train_run", lambda name: trained.append(name) or record)
+    assert lab.main(["run", "all", "--seeds", "2"]) == 0
+    assert trained == ["iterative", "quantized", "pretrain@1", "iterative@1", "quantized@1"]
+    assert "at most about" in capsys.readouterr().out
+
+
+def test_a_run_on_held_out_images_never_sees_the_test_set(lab, monkeypatch):
+    tested = []
+    evaluate = train_utils.evaluate
+    monkeypatch.setattr(train_utils, "evaluate", lambda net, data=None: tested.append(data) or evaluate(net, data))
+    redefine(lab, "pretrain", held_out=28)
+    record = lab.train_run("pretrain")
+    everything = train_utils.get_data("cpu")
+    for data in tested:
+        assert len(data.train_images) == 100 and len(data.test_images) == 28
+        images = {image.numpy().tobytes() for image in everything.train_images}
+        assert all(image.numpy().tobytes() in images for image in data.test_images)
+    assert record["config"]["held_out"] == 28 and tested
+
+
+def test_a_child_with_a_learned_step_fits_it_to_its_own_width(lab, trained_once, monkeypatch):
+    """With a rate of zero nothing else moves it."""
+    frozen = dict(quantizer="learned", lr=0.0, weight_decay=0.0)
+    redefine(lab, "iterative", prune=None, q=0.0, prune_epochs=0, epochs=1, Nbits=4, **frozen)
+    redefine(lab, "quantized", Nbits=2, **frozen)
+    lab.train_run("iterative")
+    lab.train_run("quantized")
+    layer = lab.load_or_train("quantized")[0].body_op[0].conv1[0]
+    fitted = layer.step.detach().clone()
+    layer.reset_step()
+    assert torch.equal(layer.step, fitted)
+    assert not torch.equal(lab.load_or_train("iterative")[0].body_op[0].conv1[0].step, fitted)
+
+
+def test_distillation_is_from_the_float_model_and_recorded(lab, trained_once):
+    redefine(lab, "quantized", start_from="pretrain", distill=0.5)
+    record = lab.train_run("quantized")
+    assert record["teacher_sha256"] == lab.read_record("pretrain")["weights_sha256"]
+
+
+IMPROVED = [name for name in experiments.RUNS if name.endswith("_improved")]
+
+
+@pytest.mark.parametrize("name", IMPROVED)
+def test_improved_runs_have_the_assigned_budget_and_choose_no_epoch(name):
+    run, assigned = experiments.get(name), experiments.get(name.removesuffix("_improved"))
+    assert (run.epochs, run.keep, run.held_out) == (assigned.epochs, "last", 0)
+    assert (run.Nbits, run.prune, run.q) == (assigned.Nbits, assigned.prune, assigned.q)
+
+
+def test_the_last_step_of_each_ablation_is_the_improved_recipe():
+    for ablation, improved in (("ablation_2bit_distill", "lab3c_2bit_improved"), ("ablation_global_distill", "lab2e_global_improved")):
+        a, b = (dataclasses.asdict(experiments.get(name)) for name in (ablation, improved))
+        assert {key for key in a if a[key] != b[key]} == {"name", "question", "held_out"}
+
+
+def test_time_needed_grows_with_the_work(lab):
+    one, both = lab.seconds_needed(["iterative"], "cpu"), lab.seconds_needed(["iterative"] * 40, "cpu")
+    assert 0 < one < both
+
+
 # ---------------------------------------------------------------- load_or_train
 
 
@@ -372,9 +473,8 @@ def test_run_trains_what_is_not_trained_and_force_trains_it_again(lab, trained_o
 
 
 @pytest.mark.parametrize("names, complaint", [
-    (["lab2f"], "error: name must be one of pretrain, iterative, quantized, got 'lab2f'"),
-    (["quantized"],
-     "error: quantized starts from iterative, which is not trained yet: python experiments.py run iterative"),
+    (["lab2f"], "error: name must be one of pretrain, iterative, quantized (or NAME@SEED, seed >= 1), got 'lab2f'"),
+    (["quantized"], "error: quantized starts from iterative, which is not trained yet: python experiments.py run iterative"),
 ])
 def test_run_reports_an_error_in_one_line(lab, capsys, names, complaint):
     assert lab.main(["run", *names]) == 1

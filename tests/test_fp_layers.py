@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from FP_layers import STE, FP_Conv, FP_Linear, check_n_bits
+from FP_layers import STE, FP_Conv, FP_Linear, LearnedStep, check_n_bits, code_range, fit_step
 
 BITS = range(1, 17)
 SYMMETRIC_BITS = range(2, 17)
@@ -208,6 +208,74 @@ def test_cuda_equals_cpu(dtype, tolerance):
         torch.testing.assert_close(on_gpu.cpu(), STE.apply(w, bit, symmetric), rtol=0, atol=tolerance)
 
 
+# ---------------------------------------------------------------- the learned step
+
+
+RANGES = [code_range(n, symmetric) for n in (2, 3, 4, 8) for symmetric in (False, True)]
+
+
+def test_codes_of_a_learned_step():
+    assert [code_range(n) for n in (2, 3, 4)] == [(-2, 1), (-4, 3), (-8, 7)]
+    assert [code_range(n, symmetric=True) for n in (2, 3, 4)] == [(-1, 1), (-3, 3), (-7, 7)]
+
+
+@pytest.mark.parametrize("bit", [None, 0, 1])
+def test_a_learned_step_needs_two_bits(bit):
+    with pytest.raises(ValueError, match=f"Nbits must be 2 to 16 for a learned step, got {bit}"):
+        code_range(bit)
+
+
+STEPS = torch.linspace(0.05, 1.5, 6).view(6, 1, 1, 1)
+
+
+@pytest.mark.parametrize("lowest, highest", RANGES)
+def test_learned_step_equals_fake_quantize_per_channel(lowest, highest):
+    w = pruned_weights(0, (6, 4, 3, 3))
+    expected = torch.fake_quantize_per_channel_affine(w, STEPS.flatten(), torch.zeros(6, dtype=torch.int), 0, lowest, highest)
+    torch.testing.assert_close(LearnedStep.apply(w, STEPS, lowest, highest), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("lowest, highest", RANGES)
+def test_gradients_are_those_autograd_finds_when_only_rounding_is_passed_straight_through(lowest, highest):
+    """The paper defines them by this composition; PyTorch's own kernel lets w's gradient pass half a step further."""
+    w, step = pruned_weights(0, (6, 4, 3, 3)).requires_grad_(), STEPS.clone().requires_grad_()
+    v = (w / step).clamp(lowest, highest)
+    composed = (v + (v.round() - v).detach()) * step
+    upstream = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(composed, (w, step), upstream)
+    found = torch.autograd.grad(LearnedStep.apply(w, step, lowest, highest), (w, step), upstream)
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1] / (4 * 3 * 3 * highest) ** 0.5)
+
+
+@given(weights, st.floats(0.01, 4), st.sampled_from(RANGES))
+def test_learned_step_yields_codes_times_the_step_and_keeps_zeros(w, step, limits):
+    step = torch.tensor([step])
+    quantized = LearnedStep.apply(w, step, *limits)
+    codes = (quantized / step).round()
+    assert torch.equal(quantized, codes * step)  # bit for bit: this is how a compressed file stores it
+    assert limits[0] <= codes.min() and codes.max() <= limits[1]
+    assert (quantized[w == 0] == 0).all()
+    torch.testing.assert_close(LearnedStep.apply(quantized, step, *limits), quantized, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("lowest, highest", RANGES)
+def test_fitted_step_is_as_good_as_a_fine_search(lowest, highest):
+    w = pruned_weights(1, (5, 4, 3, 3)).double() * torch.tensor([0.01, 0.1, 1, 10, 100]).view(5, 1, 1, 1)
+    fitted = fit_step(w, lowest, highest)
+    assert fitted.shape == (5, 1, 1, 1) and (fitted > 0).all()
+    for row, step in zip(w.flatten(1), fitted.flatten()):
+        def error(s):
+            return ((row / s).round().clamp(lowest, highest) * s - row).square().sum(-1)
+        search = torch.linspace(1e-3, 1, 5000, dtype=torch.float64).unsqueeze(1) * row.abs().max() / highest
+        assert error(step) <= 1.05 * error(search).min()
+
+
+def test_fitting_recovers_a_grid_exactly_and_survives_zeros():
+    codes = torch.tensor([[-1.0, 0, 1, 1], [0, 0, 0, 0]])
+    assert torch.allclose(fit_step(codes * 0.37, -1, 1), torch.tensor([[0.37], [1.0]]))
+
+
 # ---------------------------------------------------------------- layers
 
 
@@ -235,6 +303,48 @@ def test_without_bits_a_layer_is_the_plain_one(case):
     layer(x).square().sum().backward()
     plain(x).square().sum().backward()
     assert torch.equal(inner.weight.grad, plain.weight.grad) and torch.equal(inner.bias.grad, plain.bias.grad)
+
+
+@both_layers
+@pytest.mark.parametrize("bit, symmetric", [(2, False), (2, True), (4, False)])
+def test_a_layer_with_a_learned_step_starts_from_the_fitted_one_and_trains_it(case, bit, symmetric):
+    layer, inner, _, x = case(Nbits=bit, symmetric=symmetric, quantizer="learned")
+    assert dict(layer.named_parameters())["step"].shape == (len(inner.weight), *[1] * (inner.weight.dim() - 1))
+    assert torch.equal(layer.step, fit_step(inner.weight, *code_range(bit, symmetric)))
+    expected = LearnedStep.apply(inner.weight, layer.step, *code_range(bit, symmetric))
+    assert torch.equal(layer.quantized_weight(), expected)
+    layer(x).square().sum().backward()
+    assert layer.step.grad.any() and inner.weight.grad.any()
+
+
+@both_layers
+def test_a_step_that_training_made_negative_still_works_by_its_size(case):
+    layer, _, _, x = case(Nbits=3, quantizer="learned")
+    expected = layer(x)
+    layer.step.data.neg_()
+    assert torch.equal(layer(x), expected)
+
+
+@both_layers
+def test_resetting_fits_the_step_to_the_weight_as_it_is(case):
+    layer, inner, _, _ = case(Nbits=3, quantizer="learned")
+    before, parameter = layer.step.detach().clone(), layer.step
+    inner.weight.data *= 2
+    layer.reset_step()
+    assert layer.step is parameter  # an optimizer that holds it still does
+    torch.testing.assert_close(layer.step.detach(), 2 * before)
+
+
+@both_layers
+def test_without_bits_a_quantizer_has_no_step(case):
+    layer, *_ = case(quantizer="learned")
+    assert "step" not in layer.state_dict()
+
+
+@both_layers
+def test_another_quantizer_is_refused(case):
+    with pytest.raises(ValueError, match="quantizer must be one of minmax, learned, got 'log'"):
+        case(Nbits=3, quantizer="log")
 
 
 @both_layers

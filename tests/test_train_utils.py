@@ -19,11 +19,12 @@ from torchvision import transforms
 import train_utils
 from cifar10 import Batches, normalize
 from conftest import REPOSITORY
+from FP_layers import fit_step
 from pruning import global_prune_by_percentage, prunable_layers, sparsity, weight_masks
 from resnet20 import ResNetCIFAR
 from train_utils import (
-    atomic_save, evaluate, finetune, finetune_after_prune, fit, learning_rate, load_weights, save_weights, train,
-    train_epoch,
+    SoftTargets, atomic_save, evaluate, execution, finetune, finetune_after_prune, fit, learning_rate, load_weights,
+    save_weights, train, train_epoch, training_speed,
 )
 
 
@@ -452,3 +453,105 @@ def test_a_save_into_no_folder_names_the_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write .*net.pt"):
         atomic_save({}, tmp_path / "file" / "net.pt")
+
+
+# ---------------------------------------------------------------- distillation
+
+
+def teacher_and_batches(small_cifar):
+    """A teacher with opinions: an untrained net whose statistics fit the images, its logits made large."""
+    torch.manual_seed(3)
+    teacher = ResNetCIFAR(num_layers=8)
+    teacher.final_fc.linear.weight.data *= 20
+    with torch.no_grad():
+        for _ in range(20):
+            teacher(normalize(small_cifar.train_images[:128]))
+    return teacher.eval(), Batches(small_cifar.train_images, small_cifar.train_labels, 128, seed=1, augment=True)
+
+
+def test_soft_targets_mix_the_loss_against_labels_and_teacher(net, small_cifar):
+    teacher, batches = teacher_and_batches(small_cifar)
+    (x, mixed), (_, y) = next(iter(SoftTargets(batches, teacher, 0.3))), next(iter(batches))
+    with torch.no_grad():
+        logits, taught = net(x), teacher(x)
+    against_teacher = -(taught.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+    expected = 0.7 * nn.functional.cross_entropy(logits, y) + 0.3 * against_teacher
+    torch.testing.assert_close(nn.functional.cross_entropy(logits, mixed), expected)
+    assert torch.allclose(mixed.sum(1), torch.ones(len(y)))
+
+
+def test_a_teacher_without_weight_changes_nothing(net, small_cifar):
+    """The weight's other end: all labels, and so the gradients of a plain epoch."""
+    teacher, batches = teacher_and_batches(small_cifar)
+    nets = [net, copy.deepcopy(net)]
+    results = [train_epoch(one, b, torch.optim.SGD(one.parameters(), lr=0.1), nn.CrossEntropyLoss(), hold_zeros=False)
+               for one, b in zip(nets, (batches, SoftTargets(batches, teacher, 0.0)))]
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    for ours, plain in zip(nets[1].parameters(), nets[0].parameters()):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_distilling_trains_toward_the_teacher_and_leaves_it_as_it_is(net, small_cifar):
+    teacher, batches = teacher_and_batches(small_cifar)
+    before = state_of(teacher)
+
+    def distance():
+        x, _ = next(iter(batches))
+        with torch.no_grad():
+            return nn.functional.kl_div(net.eval()(x).log_softmax(1), teacher(x).softmax(1), reduction="batchmean")
+
+    first = distance()
+    fit(net, epochs=4, batch_size=64, lr=0.05, weight_decay=0.0, teacher=teacher, distill=1.0, data=small_cifar)
+    assert distance() < 0.5 * first
+    assert same(teacher.state_dict(), before)
+
+
+@pytest.mark.parametrize("distill, with_teacher", [(1.5, True), (-0.1, True), ("half", True), (0.0, True), (0.5, False)])
+def test_distill_and_teacher_go_together(net, small_cifar, distill, with_teacher):
+    teacher = make_net() if with_teacher else None
+    with pytest.raises(ValueError, match=f"distill must be .*got {distill!r}"):
+        fit(net, epochs=1, batch_size=64, lr=0.1, weight_decay=0.0, teacher=teacher, distill=distill, data=small_cifar)
+
+
+# ---------------------------------------------------------------- learned steps, speed
+
+
+def test_a_float_checkpoint_loads_into_learned_steps_fitted_to_it(net, tmp_path):
+    save_weights(net, tmp_path / "float.pt")
+    torch.manual_seed(9)
+    learned = load_weights(ResNetCIFAR(num_layers=8, Nbits=3, quantizer="learned"), tmp_path / "float.pt")
+    state = learned.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
+    for name, step in state.items():
+        if name.endswith(".step"):
+            assert torch.equal(step, fit_step(state[name.replace("step", "conv.weight")], -4, 3))
+
+
+def test_a_checkpoint_with_learned_steps_comes_back_whole_and_is_refused_by_a_float_net(net, tmp_path):
+    learned = make_net(Nbits=2, quantizer="learned")
+    learned.body_op[0].conv1[0].step.data.fill_(0.123)
+    save_weights(learned, tmp_path / "learned.pt")
+    assert same(load_weights(make_net(Nbits=2, quantizer="learned"), tmp_path / "learned.pt").state_dict(), learned.state_dict())
+    with pytest.raises(ValueError, match="another architecture.*step"):
+        load_weights(net, tmp_path / "learned.pt")
+
+
+@pytest.mark.parametrize("n_bits, symmetric", [(2, False), (2, True), (4, False)])
+def test_learned_steps_are_trained_and_zeros_are_held(small_cifar, n_bits, symmetric):
+    net = make_net(Nbits=n_bits, symmetric=symmetric, quantizer="learned")
+    global_prune_by_percentage(net, 50)
+    before, steps = sparsity(net), net.body_op[0].conv1[0].step.detach().clone()
+    history, _ = fit(net, epochs=2, batch_size=64, lr=0.05, weight_decay=1e-4, data=small_cifar)
+    assert not torch.equal(net.body_op[0].conv1[0].step, steps)
+    assert [entry["sparsity"] for entry in history] == [before, before] == [sparsity(net)] * 2
+
+
+def test_short_runs_stay_eager_and_a_cpu_without_a_compiler_too(monkeypatch):
+    assert execution("cpu", steps=100)["compile"] is False
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert execution("cpu", steps=10_000)["compile"] is False
+
+
+def test_training_speed_is_that_of_its_steps(net):
+    speed = training_speed(net, batch_size=32)
+    assert 10 < speed < 1e6
