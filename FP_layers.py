@@ -1,4 +1,4 @@
-"""Fixed-point (quantized-weight) layers: two quantizers with a straight-through gradient, and the layers built on them."""
+"""Fixed-point (quantized-weight) layers: two straight-through quantizers, and the layers built on them."""
 
 import math  # noqa: F401  (math, np and F are re-exported, see __all__)
 import operator
@@ -9,7 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # Notebooks written against the course's skeleton rely on `from FP_layers import *` for these names too.
-__all__ = ["STE", "LearnedStep", "FP_Conv", "FP_Linear", "check_n_bits", "code_range", "fit_step", "torch", "nn", "F", "math", "np", "device"]
+__all__ = ["STE", "LearnedStep", "FP_Conv", "FP_Linear", "check_n_bits", "code_range", "fit_step",
+           "torch", "nn", "F", "math", "np", "device"]
 
 MAX_BITS = 16  # beyond this, neighbouring levels are no longer told apart reliably in float32 arithmetic
 

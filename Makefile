@@ -1,5 +1,6 @@
 # make report   everything from nothing to report.pdf        make notebooks   refresh the stored outputs
 # make test     unit tests, and nbval over the notebooks      make train       train everything from nothing (RUN=name: one run)
+# make lint     style, and known flaws of what is installed   make bench       speed against the assigned pipeline
 # make clean    remove what was built; make distclean, the environment and the data too
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ RUN ?= all
 # handed back to the kernel each time, a step on a CPU is about a fifth faster; results are the same.
 TRAIN_ENV := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 MALLOC_TOP_PAD_=268435456 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-.PHONY: report test notebooks train data environment clean distclean
+.PHONY: report test lint bench notebooks train data environment clean distclean
 .DEFAULT_GOAL := report
 
 environment: $(VENV)/.installed
@@ -37,14 +38,21 @@ report: environment data
 test: environment data
 	$(BIN)/python -m pytest tests $(NOTEBOOKS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
 
+lint: environment
+	$(BIN)/ruff check .
+	$(BIN)/python tests/audit.py
+
 notebooks: environment data
 	$(EXECUTE) --inplace $(NOTEBOOKS)
 
 train: environment data
 	$(TRAIN_ENV) $(BIN)/python experiments.py run $(RUN) --into build/trained
 
+bench: environment data
+	$(TRAIN_ENV) $(BIN)/python -m benchmarks.throughput
+
 clean:
-	rm -rf build report.pdf .pytest_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf build report.pdf .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__
 
 distclean: clean
 	rm -rf $(VENV) data

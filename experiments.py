@@ -72,19 +72,21 @@ RUNS = {
         # The reference's 35.90 %: its fine-tuning drops the masks.
         Run("lab3d_2bit_unmasked", "Lab 3 (d): 2-bit weights, pruned weights free to grow back",
             start_from="lab2e_global", Nbits=2, hold_zeros=False),
-        Run("lab2e_global_improved", "70 % pruned with one threshold, improved", prune="global", q=70.0, prune_epochs=10,
-            **IMPROVED),
+        Run("lab2e_global_improved", "70 % pruned with one threshold, improved",
+            prune="global", q=70.0, prune_epochs=10, **IMPROVED),
         *(Run(f"lab3c_{n}bit_improved", f"{n}-bit weights, improved", Nbits=n, **IMPROVED, **STEP) for n in (4, 3, 2)),
-        *(Run(f"lab3d_{n}bit_improved", f"70 % pruned and {n}-bit weights, improved", start_from="lab2e_global_improved",
-              Nbits=n, symmetric=n == 2, **IMPROVED, **STEP) for n in (4, 3, 2)),  # 2 bits: the codes -1, 0, 1
+        *(Run(f"lab3d_{n}bit_improved", f"70 % pruned and {n}-bit weights, improved",
+              start_from="lab2e_global_improved", Nbits=n, symmetric=n == 2, **IMPROVED, **STEP)
+          for n in (4, 3, 2)),  # 2 bits: the codes -1, 0, 1
         *(Run(f"ablation_2bit_{part}", f"2-bit weights: {what}", Nbits=2, keep="last", held_out=5000, **recipe)
           for part, what, recipe in (
               ("assigned", "assigned recipe", {}), ("rate", "and a higher rate, on a cosine", RATE),
               ("step", "and a learned step", RATE | STEP), ("distill", "and distillation", RATE | STEP | DISTILL))),
         *(Run(f"ablation_global_{part}", f"70 % pruned: {what}", prune="global", q=70.0, prune_epochs=10, keep="last",
               held_out=5000, **recipe)
-          for part, what, recipe in (("assigned", "assigned recipe", {}), ("rate", "and a higher rate, on a cosine", RATE),
-                                     ("distill", "and distillation", RATE | DISTILL))),
+          for part, what, recipe in (
+              ("assigned", "assigned recipe", {}), ("rate", "and a higher rate, on a cosine", RATE),
+              ("distill", "and distillation", RATE | DISTILL))),
         # Not assigned; for a reader who sets Nbits in hw4.ipynb to a width of Lab 3 (b) that has no run of its own.
         *(Run(f"lab3c_{n}bit", f"Lab 3 (c): {n}-bit weights", Nbits=n) for n in (6, 5)),
     ]
@@ -347,7 +349,8 @@ def announce(names):
     """Print how long training the runs `names` will take here, before it starts."""
     import torch
 
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"this CPU, {torch.get_num_threads()} threads"
+    cpu = f"this CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     minutes = seconds_needed(names) / 60
     time = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes" if minutes >= 1 else "a minute"
     print(f"{', '.join(names)}: at most about {time} of training on {where}", flush=True)

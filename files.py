@@ -22,7 +22,8 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, f"cannot write {path} ({error.strerror or error}); what was there before is intact") from error
+        reason = error.strerror or error
+        raise OSError(error.errno, f"cannot write {path} ({reason}); what was there before is intact") from error
     finally:
         try:
             temporary.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ _BEGIN, _END = "<!-- results: written by `python results.py --write README.md` -
 
 
 def accuracies(name, which, folder=SHIPPED):
-    """Return the test accuracies, fractions, of run `name` in its "best" or "last" epoch: one for each seed recorded."""
+    """Return the test accuracies, fractions, of run `name` in its "best" or "last" epoch, one a recorded seed."""
     seeds = sorted(int(path.stem.partition("@")[2]) for path in folder.glob(f"{name}@*.json"))
     records = [read_record(run, folder) for run in (name, *(f"{name}@{seed}" for seed in seeds))]
     return [record[which]["test_accuracy"] for record in records if record is not None]

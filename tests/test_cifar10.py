@@ -321,7 +321,8 @@ assert len(cifar10.load(root).train_images) == 50_000
 
 
 def start(cifar_root, root, mode):
-    return subprocess.Popen([sys.executable, "-c", PROCESS, cifar_root / cifar10.CACHE_NAME, root, mode], cwd=REPOSITORY)
+    command = [sys.executable, "-c", PROCESS, cifar_root / cifar10.CACHE_NAME, root, mode]
+    return subprocess.Popen(command, cwd=REPOSITORY)
 
 
 def test_two_processes_at_once_fetch_once(cifar_root, tmp_path):
@@ -456,7 +457,8 @@ def test_a_seed_gives_an_epoch(small_cifar):
         return Batches(small_cifar.train_images, small_cifar.train_labels, 100, seed=seed, augment=True)
 
     once = epoch(1)
-    first, again, same_seed, other = (torch.cat([x for x, _ in batches]) for batches in (once, once, epoch(1), epoch(2)))
+    epochs = (once, once, epoch(1), epoch(2))
+    first, again, same_seed, other = (torch.cat([x for x, _ in batches]) for batches in epochs)
     assert torch.equal(first, again) and torch.equal(first, same_seed)
     assert not torch.equal(first, other)
 
@@ -488,7 +490,8 @@ def test_held_out_images_are_for_testing_only_and_the_test_set_is_left_out(small
     assert [len(part) for part in data] == [200, 200, 56, 56]
     together = torch.cat([data.train_images, data.test_images]).flatten(1).unique(dim=0)
     assert torch.equal(together, small_cifar.train_images.flatten(1).unique(dim=0))
-    label_of = {image.numpy().tobytes(): int(label) for image, label in zip(small_cifar.train_images, small_cifar.train_labels)}
+    everything = zip(small_cifar.train_images, small_cifar.train_labels)
+    label_of = {image.numpy().tobytes(): int(label) for image, label in everything}
     for images, labels in (data[:2], data[2:]):
         assert [label_of[image.numpy().tobytes()] for image in images] == labels.tolist()
 

@@ -41,7 +41,8 @@ def test_pretraining_starts_from_scratch_and_ships_its_last_epoch():
 
 def test_every_run_comes_after_the_run_it_starts_from():
     names = list(experiments.RUNS)
-    assert all(names.index(run.start_from) < names.index(run.name) for run in experiments.RUNS.values() if run.start_from)
+    children = [run for run in experiments.RUNS.values() if run.start_from]
+    assert children and all(names.index(run.start_from) < names.index(run.name) for run in children)
     assert all(name == run.name for name, run in experiments.RUNS.items())
 
 
@@ -72,7 +73,8 @@ def wide_net():
     """One layer with small weights, one with large ones; distinct magnitudes."""
     net = nn.Sequential(nn.Linear(100, 10), nn.Linear(100, 10))
     for layer, scale in zip(net, (1, 3)):
-        layer.weight.data = (torch.randperm(1000, generator=torch.Generator().manual_seed(scale)) + 1.0).view(10, 100) * scale
+        magnitudes = torch.randperm(1000, generator=torch.Generator().manual_seed(scale)) + 1.0
+        layer.weight.data = magnitudes.view(10, 100) * scale
     return net
 
 
@@ -111,8 +113,7 @@ def lab(monkeypatch, tmp_path, small_cifar):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "experiments", module)
     spec.loader.exec_module(module)
-    tiny = small_cifar._replace(train_images=small_cifar.train_images[:128], train_labels=small_cifar.train_labels[:128],
-                                test_images=small_cifar.test_images[:50], test_labels=small_cifar.test_labels[:50])
+    tiny = type(small_cifar)(*(tensor[:n] for tensor, n in zip(small_cifar, (128, 128, 50, 50))))
     monkeypatch.setattr(train_utils, "get_data", lambda device: tiny)
     monkeypatch.delenv("RETRAIN", raising=False)
     fast = dict(batch_size=64, lr=0.01)
@@ -396,7 +397,8 @@ def test_improved_runs_have_the_assigned_budget_and_choose_no_epoch(name):
 
 
 def test_the_last_step_of_each_ablation_is_the_improved_recipe():
-    for ablation, improved in (("ablation_2bit_distill", "lab3c_2bit_improved"), ("ablation_global_distill", "lab2e_global_improved")):
+    for ablation, improved in (("ablation_2bit_distill", "lab3c_2bit_improved"),
+                               ("ablation_global_distill", "lab2e_global_improved")):
         a, b = (dataclasses.asdict(experiments.get(name)) for name in (ablation, improved))
         assert {key for key in a if a[key] != b[key]} == {"name", "question", "held_out"}
 
@@ -476,14 +478,16 @@ def test_run_into_another_folder_trains_from_nothing_and_goes_on_there(lab, trai
     into = ["--into", str(tmp_path / "again")]
     assert lab.main(["run", "pretrain", *into]) == 0 and lab.main(["run", "pretrain", "iterative", *into]) == 0
     assert "pretrain: trained already" in capsys.readouterr().out
-    assert files_in(tmp_path) - shipped == {f"again/{name}.{end}" for name in ("pretrain", "iterative") for end in ("pt", "json")}
+    expected = {f"again/{name}.{end}" for name in ("pretrain", "iterative") for end in ("pt", "json")}
+    assert files_in(tmp_path) - shipped == expected
     again = lab.read_record("iterative", tmp_path / "again")
     assert again["start_from_sha256"] == lab.read_record("pretrain", tmp_path / "again")["weights_sha256"]
 
 
 @pytest.mark.parametrize("names, complaint", [
     (["lab2f"], "error: name must be one of pretrain, iterative, quantized (or NAME@SEED, seed >= 1), got 'lab2f'"),
-    (["quantized"], "error: quantized starts from iterative, which is not trained yet: python experiments.py run iterative"),
+    (["quantized"], "error: quantized starts from iterative, which is not trained yet: "
+                    "python experiments.py run iterative"),
 ])
 def test_run_reports_an_error_in_one_line(lab, capsys, names, complaint):
     assert lab.main(["run", *names]) == 1

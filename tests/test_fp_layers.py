@@ -231,7 +231,8 @@ STEPS = torch.linspace(0.05, 1.5, 6).view(6, 1, 1, 1)
 @pytest.mark.parametrize("lowest, highest", RANGES)
 def test_learned_step_equals_fake_quantize_per_channel(lowest, highest):
     w = pruned_weights(0, (6, 4, 3, 3))
-    expected = torch.fake_quantize_per_channel_affine(w, STEPS.flatten(), torch.zeros(6, dtype=torch.int), 0, lowest, highest)
+    zero_points = torch.zeros(6, dtype=torch.int)
+    expected = torch.fake_quantize_per_channel_affine(w, STEPS.flatten(), zero_points, 0, lowest, highest)
     torch.testing.assert_close(LearnedStep.apply(w, STEPS, lowest, highest), expected, rtol=0, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Lab 1's notebook: its functions against independent oracles, its results against other solvers, its stored outputs."""
+"""Lab 1's notebook: functions against independent oracles, results against other solvers, stored outputs."""
 
 import itertools
 from pathlib import Path

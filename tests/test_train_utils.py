@@ -174,7 +174,9 @@ def test_finetune_follows_the_assigned_recipe(net, optimizer_steps):
     assert {(s["momentum"], s["weight_decay"], s["nesterov"]) for s in optimizer_steps} == {(0.875, 1e-4, False)}
 
 
-@pytest.mark.parametrize("entry_point, file", [(train, "net_after_train.pt"), (finetune, "quantized_net_after_finetune.pt")])
+@pytest.mark.parametrize("entry_point, file", [
+    (train, "net_after_train.pt"), (finetune, "quantized_net_after_finetune.pt"),
+])
 def test_the_best_epoch_is_saved_in_the_current_folder(monkeypatch, tmp_path, net, entry_point, file):
     accuracies, states = iter([0.3, 0.5, 0.4]), []
 
@@ -216,7 +218,8 @@ def test_finetune_holds_zeros_unless_told_otherwise(n_bits):
 @pytest.mark.parametrize("prune", [True, False])
 def test_finetune_after_prune_takes_a_torchvision_loader(net, small_cifar, prune):
     to_tensor = transforms.Compose([transforms.ToPILImage(), transforms.RandomHorizontalFlip(), transforms.ToTensor()])
-    dataset = [(to_tensor(image), int(label)) for image, label in zip(small_cifar.train_images, small_cifar.train_labels)]
+    pairs = zip(small_cifar.train_images, small_cifar.train_labels)
+    dataset = [(to_tensor(image), int(label)) for image, label in pairs]
     global_prune_by_percentage(net, 70.0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.875, weight_decay=1e-4)
     finetune_after_prune(net, DataLoader(dataset, 64, shuffle=True), nn.CrossEntropyLoss(), optimizer, prune=prune)
@@ -405,10 +408,12 @@ def set_nan(state):
     (lambda net, path: torch.save([1, 2], path), "another architecture"),
     (lambda net, path: save_weights(ResNetCIFAR(num_layers=14), path), "another architecture.*body_op.1.id_mapping"),
     (altered(lambda state: state.pop("final_fc.linear.bias")), "another architecture.*final_fc.linear.bias"),
-    (altered(lambda state: state.update({"final_fc.linear.bias": torch.zeros(11)})), r"final_fc.linear.bias has shape \(11,\)"),
+    (altered(lambda state: state.update({"final_fc.linear.bias": torch.zeros(11)})),
+     r"final_fc.linear.bias has shape \(11,\)"),
     (altered(lambda state: state.update({"final_fc.linear.bias": [0.0] * 10})), "final_fc.linear.bias is a list"),
     (altered(set_nan), "body_op.1.id_mapping.0.conv.weight holds NaN"),
-], ids=["truncated", "empty", "malicious", "malicious inside", "list", "deeper net", "missing key", "shape", "no tensor", "NaN"])
+], ids=["truncated", "empty", "malicious", "malicious inside", "list", "deeper net", "missing key", "shape",
+        "no tensor", "NaN"])
 def test_a_file_that_is_no_checkpoint_of_the_net_is_refused(net, tmp_path, write, complaint):
     write(net, tmp_path / "net.pt")
     other = ResNetCIFAR(num_layers=8)
@@ -501,7 +506,9 @@ def test_distilling_trains_toward_the_teacher_and_leaves_it_as_it_is(net, small_
     assert same(teacher.state_dict(), before)
 
 
-@pytest.mark.parametrize("distill, with_teacher", [(1.5, True), (-0.1, True), ("half", True), (0.0, True), (0.5, False)])
+@pytest.mark.parametrize("distill, with_teacher", [
+    (1.5, True), (-0.1, True), ("half", True), (0.0, True), (0.5, False),
+])
 def test_distill_and_teacher_go_together(net, small_cifar, distill, with_teacher):
     teacher = make_net() if with_teacher else None
     with pytest.raises(ValueError, match=f"distill must be .*got {distill!r}"):
@@ -526,7 +533,8 @@ def test_a_checkpoint_with_learned_steps_comes_back_whole_and_is_refused_by_a_fl
     learned = make_net(Nbits=2, quantizer="learned")
     learned.body_op[0].conv1[0].step.data.fill_(0.123)
     save_weights(learned, tmp_path / "learned.pt")
-    assert same(load_weights(make_net(Nbits=2, quantizer="learned"), tmp_path / "learned.pt").state_dict(), learned.state_dict())
+    again = load_weights(make_net(Nbits=2, quantizer="learned"), tmp_path / "learned.pt")
+    assert same(again.state_dict(), learned.state_dict())
     with pytest.raises(ValueError, match="another architecture.*step"):
         load_weights(net, tmp_path / "learned.pt")
 

@@ -1,0 +1,250 @@
+"""The net made ready for evaluation computes what the net computes, and its fingerprint tells nets apart."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import train_utils
+from cifar10 import normalize
+from FP_layers import STE, FP_Conv
+from inference import fingerprint, for_evaluation
+from resnet20 import ResNetCIFAR
+from train_utils import evaluate, load_weights, save_weights
+
+QUANTIZERS = [dict(), dict(Nbits=4), dict(Nbits=2), dict(Nbits=3, symmetric=True), dict(Nbits=2, quantizer="learned"),
+              dict(Nbits=0)]
+
+
+def lively(**arguments):
+    """A net whose BatchNorms are far from their defaults, one gamma exactly zero, in evaluation mode."""
+    torch.manual_seed(0)
+    net = ResNetCIFAR(num_layers=14, **arguments)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                tensor.uniform_(0.5, 1.5)
+            module.weight.data[0] = 0
+    return net.eval()
+
+
+def state_of(net):
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+@pytest.fixture
+def x(small_cifar):
+    return normalize(small_cifar.test_images[:64])
+
+
+# ---------------------------------------------------------------- the same logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", QUANTIZERS, ids=str)
+def test_logits_are_those_of_the_net(arguments, x):
+    net = lively(**arguments)
+    before = state_of(net)
+    expected = net(x)
+    torch.testing.assert_close(for_evaluation(net)(x), expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert torch.equal(net(x), expected)
+
+
+@torch.no_grad()
+def test_every_quantized_weight_is_quantized_once_and_every_batchnorm_folded(monkeypatch, small_cifar):
+    calls, quantize = [], FP_Conv.quantized_weight
+    monkeypatch.setattr(FP_Conv, "quantized_weight", lambda self: calls.append(self) or quantize(self))
+    net = lively(Nbits=4)
+    evaluate(net, small_cifar, batch_size=20)  # ten batches
+    layers = [module for module in net.modules() if isinstance(module, FP_Conv)]
+    assert len(calls) == len(layers) and set(calls) == set(layers)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in for_evaluation(net).modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [
+    lambda net: net.head_conv[0].register_forward_hook(lambda *_: _[-1] * 2),
+    lambda net: net.body_op[1].conv2[1].register_forward_pre_hook(lambda *_: (_[-1][0] + 1,)),
+    lambda net: net.body_op[1].register_forward_hook(lambda *_: _[-1] * 2),
+    lambda net: setattr(net.head_conv[0], "forward", lambda x: x.mean(1, keepdim=True).expand(-1, 16, -1, -1)),
+    lambda net: setattr(net, "forward", lambda x: torch.zeros(len(x), 10)),
+    lambda net: net.head_conv.__setitem__(2, nn.Sigmoid()),
+    lambda net: net.head_conv.__setitem__(1, nn.Identity()),
+    lambda net: net.head_conv.__setitem__(1, nn.BatchNorm2d(16, track_running_stats=False).eval()),
+    lambda net: net.head_conv.__setitem__(1, nn.BatchNorm2d(16, affine=False).eval()),
+    lambda net: net.body_op.__setitem__(1, net.body_op[0]),  # one block, twice
+], ids=["hook", "pre-hook", "hook on a block", "forward of a layer", "forward of the net", "activation", "no norm",
+        "batch statistics", "plain norm", "shared"])
+def test_a_net_that_was_tampered_with_computes_what_it_computes(change, x):
+    net = lively(Nbits=4)
+    untouched = net(x)
+    change(net)
+    assert not torch.allclose(net(x), untouched)
+    torch.testing.assert_close(for_evaluation(net)(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_missing_child_stays_missing(x):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(FP_Conv(3, 4, 3), nn.BatchNorm2d(4))
+            self.register_module("shortcut", None)
+
+        def forward(self, x):
+            return self.body(x) if self.shortcut is None else None
+
+    block = Block().eval()
+    torch.testing.assert_close(for_evaluation(block)(x), block(x), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- evaluate, against a plain loop
+
+
+def plainly(net, data):
+    """Loss and accuracy by the definition, in one batch and in double precision after the logits."""
+    with torch.no_grad():
+        logits = copy.deepcopy(net).eval()(normalize(data.test_images)).double()
+    loss = nn.functional.cross_entropy(logits, data.test_labels).item()
+    return loss, (logits.argmax(1) == data.test_labels).double().mean().item()
+
+
+@pytest.mark.parametrize("arguments", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("batch_size", [None, 33])
+def test_evaluate_equals_a_plain_evaluation(small_cifar, arguments, batch_size):
+    net = lively(**arguments)
+    assert evaluate(net, small_cifar, batch_size) == pytest.approx(plainly(net, small_cifar), rel=1e-4)
+
+
+def test_a_compiled_net_is_evaluated_as_what_was_compiled(small_cifar):
+    net = lively(Nbits=4)
+    compiled = torch.compile(net, backend="eager")
+    assert evaluate(compiled, small_cifar) == pytest.approx(plainly(net, small_cifar), rel=1e-4)
+
+
+def poison_weight(net):
+    net.final_fc.linear.weight.data[3, 0] = math.nan
+
+
+def poison_variance(net):
+    net.body_op[2].conv1[1].running_var[0] = -1.0
+
+
+def poison_mean(net):
+    net.head_conv[1].running_mean[5] = -math.inf
+
+
+@pytest.mark.parametrize("poison", [poison_weight, poison_variance, poison_mean])
+def test_nan_is_not_hidden(small_cifar, poison):
+    net = lively()
+    poison(net)
+    loss, accuracy = evaluate(net, small_cifar)
+    expected_loss, expected_accuracy = plainly(net, small_cifar)
+    assert math.isnan(loss) and math.isnan(expected_loss) and accuracy == expected_accuracy
+
+
+def test_a_net_whose_weights_cannot_be_quantized_is_refused_and_left_as_it_was(small_cifar):
+    net = lively(Nbits=4).train()
+    net.body_op[0].conv1[0].conv.weight.data[0] = math.nan
+    net.head_conv[1].eval()
+    modes = [module.training for module in net.modules()]
+    with pytest.raises(ValueError, match="w must be finite"):
+        evaluate(net, small_cifar)
+    assert [module.training for module in net.modules()] == modes
+
+
+def test_each_module_keeps_its_mode(small_cifar):
+    net = lively().train()
+    net.head_conv[1].eval()  # as when its statistics are to stay
+    modes = [module.training for module in net.modules()]
+    evaluate(net, small_cifar)
+    assert [module.training for module in net.modules()] == modes and True in modes and False in modes
+
+
+# ---------------------------------------------------------------- each net is tested once
+
+
+@pytest.fixture
+def evaluations(monkeypatch, small_cifar):
+    """The nets that `test` really evaluates, on a slice of CIFAR-10."""
+    calls = []
+    monkeypatch.setattr(train_utils, "_tested", {})
+    monkeypatch.setattr(train_utils, "get_data", lambda device: small_cifar)
+    monkeypatch.setattr(train_utils, "evaluate", lambda net: calls.append(net) or evaluate(net, small_cifar))
+    return calls
+
+
+def test_a_net_is_evaluated_once_however_it_is_made(evaluations, capsys, tmp_path):
+    net = lively(Nbits=4)
+    save_weights(net, tmp_path / "net.pt")
+    again = load_weights(ResNetCIFAR(num_layers=14, Nbits=4), tmp_path / "net.pt")
+    frozen = lively()  # float, but with the weights that the quantizer gave
+    for layer in frozen.modules():
+        if isinstance(layer, FP_Conv) and layer is not frozen.head_conv[0]:
+            layer.conv.weight.data = STE.apply(layer.conv.weight.data, 4)
+    assert train_utils.test(net) == train_utils.test(again) == train_utils.test(frozen)
+    lines = capsys.readouterr().out.splitlines()
+    assert evaluations == [net] and len(lines) == 3 and len(set(lines)) == 1
+
+
+def move_a_weight(net):
+    net.body_op[3].conv2[0].conv.weight.data[0, 0, 0, 0] += 1
+
+
+def move_a_statistic(net):
+    net.body_op[3].conv2[1].running_mean[1] += 1e-3
+
+
+def move_the_bias(net):
+    net.final_fc.linear.bias.data[0] += 1e-6
+
+
+def another_activation(net):
+    net.head_conv[2] = nn.LeakyReLU(0.1)
+
+
+@pytest.mark.parametrize("change", [move_a_weight, move_a_statistic, move_the_bias, another_activation])
+def test_a_net_that_computes_something_else_is_evaluated(evaluations, change):
+    net = lively(Nbits=4)
+    train_utils.test(net)
+    change(net)
+    train_utils.test(net)
+    assert len(evaluations) == 2
+
+
+@pytest.mark.parametrize("arguments", [dict(Nbits=4), dict(Nbits=4, symmetric=True), dict(Nbits=3)], ids=str)
+def test_other_bits_have_another_fingerprint(arguments):
+    assert fingerprint(lively(**arguments)) == fingerprint(lively(**arguments)) != fingerprint(lively(Nbits=5))
+
+
+def test_other_data_are_evaluated(evaluations, monkeypatch, small_cifar):
+    net = lively()
+    train_utils.test(net)
+    other = small_cifar._replace(test_images=small_cifar.test_images.flip(3))
+    monkeypatch.setattr(train_utils, "get_data", lambda device: other)
+    train_utils.test(net)
+    assert len(evaluations) == 2
+
+
+class Doubled(FP_Conv):
+    """As a notebook may define one, and then define it anew under the same name."""
+
+    def quantized_weight(self):
+        return 2 * super().quantized_weight()
+
+
+@pytest.mark.parametrize("change", [
+    lambda net: net.final_fc.register_forward_hook(lambda *_: None),
+    lambda net: setattr(net, "forward", type(net).forward.__get__(net)),
+    lambda net: net.head_conv.__setitem__(0, Doubled(3, 16, 3, padding=1)),
+], ids=["hook", "own forward", "own class"])
+def test_a_net_whose_state_does_not_tell_all_is_evaluated_each_time(evaluations, change):
+    net = lively()
+    change(net)
+    assert fingerprint(net) is None
+    for _ in range(2):
+        train_utils.test(net)
+    assert len(evaluations) == 2

@@ -1,0 +1,110 @@
+"""The benchmark: its assigned pipeline is the assigned one, its numbers add up, and it runs in seconds with --quick."""
+
+import copy
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import RandomSampler
+from torchvision import transforms
+
+from benchmarks import throughput
+from resnet20 import ResNetCIFAR
+from train_utils import train_epoch
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return ResNetCIFAR(num_layers=8)
+
+
+def test_the_assigned_loader_is_the_assigned_one(small_cifar):
+    loader = throughput.assigned_loader(small_cifar.train_images, small_cifar.train_labels, 100, 2, train=True)
+    crop, flip, to_tensor, normalize = loader.dataset.transform.transforms
+    assert isinstance(crop, transforms.RandomCrop) and (crop.size, crop.padding) == ((32, 32), 4)
+    assert isinstance(flip, transforms.RandomHorizontalFlip) and flip.p == 0.5
+    assert isinstance(to_tensor, transforms.ToTensor)
+    assert (normalize.mean, normalize.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    assert isinstance(loader.sampler, RandomSampler) and loader.num_workers == 2
+    seen = []
+    loader.dataset.transform = lambda image: seen.append(image) or to_tensor(image)
+    loader.dataset[7]
+    assert isinstance(seen[0], Image.Image)
+
+
+def test_the_assigned_test_loader_yields_the_test_set_in_order(small_cifar):
+    loader = throughput.assigned_loader(small_cifar.test_images, small_cifar.test_labels, 64, 0, train=False)
+    xs, ys = zip(*loader)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
+    torch.testing.assert_close(torch.cat(xs), (small_cifar.test_images / 255 - mean) / std, rtol=0, atol=1e-5)
+    assert torch.equal(torch.cat(ys), small_cifar.test_labels)
+
+
+def test_both_pipelines_train_the_same_net(net, small_cifar):
+    """On the same batches they are the same computation, so that only speed is compared."""
+    loader = throughput.assigned_loader(small_cifar.test_images, small_cifar.test_labels, 50, 0, train=False)
+    other = copy.deepcopy(net)
+
+    def sgd(net):
+        return torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+
+    assigned = throughput.assigned_epoch(net, loader, sgd(net), nn.CrossEntropyLoss())
+    ours = train_epoch(other, loader, sgd(other), nn.CrossEntropyLoss(), hold_zeros=False)
+    assert assigned == pytest.approx(ours, rel=1e-4)
+    for a, b in zip(net.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_the_clock_starts_after_the_warm_up_and_the_parts_fill_it(monkeypatch, small_cifar):
+    """With a clock that advances by one at each look, every part of a step takes as many looks as it has."""
+    clock = itertools.count()
+    monkeypatch.setattr(throughput, "now", lambda device: float(next(clock)))
+    pipeline = throughput.Pipeline("eager", small_cifar, 16, workers=0)
+    assert pipeline.train(steps=5, warmup=3) == 1  # looked at twice, whatever the number of steps
+    parts = pipeline.train(steps=5, warmup=3, split=True)
+    assert [parts[name] for name in throughput.Clock.PARTS] == [5, 5, 5, 5]
+    assert parts["rest"] > 0 and not pipeline.optimizer._optimizer_step_pre_hooks
+    order = []
+    batches = throughput.Clock("cpu", None, 1, split=False).batches(map(order.append, range(3)))
+    monkeypatch.setattr(throughput, "now", lambda device: order.append("start"))
+    assert len(list(batches)) == 3 and order == [0, "start", 1, 2]  # a batch's own time is timed
+
+
+def test_ratios_are_of_pairs_of_a_round():
+    rows = throughput.compared({"assigned": [4.0, 2.0, 8.0], "ours": [1.0, 1.0, 4.0]}, images=100)
+    assert rows["ours"]["ratio"] == {"median": 2.0, "min": 2.0, "max": 4.0}
+    assert rows["ours"]["images_per_second"] == {"median": 100.0, "min": 25.0, "max": 100.0}
+    assert rows["assigned"]["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+
+
+def test_too_many_images_are_refused(small_cifar):
+    pipeline = throughput.Pipeline("assigned", small_cifar, 64, workers=0)
+    with pytest.raises(ValueError, match="steps must be at most 3, got 4"):
+        pipeline.train(steps=4, warmup=1)
+
+
+def test_two_evaluations_that_disagree_are_an_error(monkeypatch, small_cifar):
+    monkeypatch.setattr(throughput.train_utils, "evaluate", lambda net, data: (1.0, 0.5))
+    with pytest.raises(RuntimeError, match="one accuracy"):
+        throughput.evaluation(small_cifar, SimpleNamespace(rounds=1, workers=0))
+
+
+def test_quick_measures_everything_and_shows_what_it_wrote(monkeypatch, small_cifar, tmp_path, capsys):
+    monkeypatch.setattr(throughput.cifar10, "load", lambda device: small_cifar)
+    out = tmp_path / "speed.json"
+    assert throughput.main(["--quick", "--device", "cpu", "--workers", "1", "--out", str(out)]) == 0
+    printed, results = capsys.readouterr().out, json.loads(out.read_text())
+    assert set(results["training"]) == {"8", "16"}
+    for rows in (*results["training"].values(), results["evaluation"]):
+        for name, row in rows.items():
+            if name != "compile_seconds":
+                assert 0 < row["images_per_second"]["min"] <= row["images_per_second"]["median"]
+    assert set(results["epoch_seconds"]) == {"assigned", "eager"}
+    assert f"{results['evaluation']['ours']['ratio']['median']:.2f} (" in printed
+    assert throughput.main(["--show", "--out", str(out)]) == 0
+    assert capsys.readouterr().out == printed
