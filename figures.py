@@ -87,7 +87,8 @@ def plot_accuracy(curves, ax, xlabel, baseline=None):
         ax.plot(x, [100 * points[k] for k in x], label=label, **style(i))
     if baseline is not None:
         ax.axhline(100 * baseline, color="0.4", linestyle="--", linewidth=1, label="float")
-    ax.set(xlabel=xlabel, ylabel="test accuracy (%)")
+    ax.set(xlabel=xlabel, ylabel="accuracy (%)")
+    ax.locator_params(axis="x", integer=True)
     ax.legend(fontsize=8)
     return ax
 
