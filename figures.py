@@ -87,9 +87,12 @@ def plot_curves(curves, ax, xlabel, ylabel):
     return ax
 
 
-def plot_groups(W, ax):
-    """Draw the magnitudes of W, (groups, elements), as shades of grey, a cross where W is exactly 0; returns ax."""
-    shades = ax.imshow(np.abs(W), cmap="Greys", vmin=0, aspect="auto")
+def plot_groups(W, ax, largest=None):
+    """Draw the magnitudes of W, (groups, elements), as shades of grey, a cross where W is exactly 0; returns ax.
+
+    largest: the magnitude that is black, that of W if None.
+    """
+    shades = ax.imshow(np.abs(W), cmap="Greys", vmin=0, vmax=largest, aspect="auto")
     group, element = np.nonzero(np.asarray(W) == 0)
     ax.scatter(element, group, marker="x", s=16, linewidth=1, color=COLORS[1])
     ax.set(xlabel="element of the group", ylabel="group", xticks=range(W.shape[1]), yticks=range(W.shape[0]))
