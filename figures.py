@@ -74,6 +74,34 @@ def plot_elements(trajectory, ax, title=None):
     return ax
 
 
+# ---------------------------------------------------------------- true/false
+
+
+def plot_curves(curves, ax, xlabel, ylabel):
+    """Draw anything against anything. curves: {label: {x: y}}, at most five; returns ax."""
+    for i, (label, points) in enumerate(curves.items()):
+        x = sorted(points)
+        ax.plot(x, [points[k] for k in x], label=label, **style(i))
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(fontsize=8, handlelength=3)
+    return ax
+
+
+def plot_groups(W, ax, largest=None):
+    """Draw the magnitudes of W, (groups, elements), as shades of grey, a cross where W is exactly 0; returns ax.
+
+    largest: the magnitude that is black, that of W if None.
+    """
+    shades = ax.imshow(np.abs(W), cmap="Greys", vmin=0, vmax=largest, aspect="auto")
+    group, element = np.nonzero(np.asarray(W) == 0)
+    ax.scatter(element, group, marker="x", s=16, linewidth=1, color=COLORS[1])
+    ax.set(xlabel="element of the group", ylabel="group", xticks=range(W.shape[1]), yticks=range(W.shape[0]))
+    ax.set_xticklabels(range(1, W.shape[1] + 1))
+    ax.set_yticklabels(range(1, W.shape[0] + 1))
+    ax.figure.colorbar(shades, ax=ax, label="magnitude")
+    return ax
+
+
 # ---------------------------------------------------------------- Labs 2 and 3
 
 
@@ -82,14 +110,12 @@ def plot_accuracy(curves, ax, xlabel, baseline=None):
 
     baseline: the float model's accuracy, a fraction, drawn as a dashed line.
     """
-    for i, (label, points) in enumerate(curves.items()):
-        x = sorted(points)
-        ax.plot(x, [100 * points[k] for k in x], label=label, **style(i))
+    percentages = {label: {x: 100 * y for x, y in points.items()} for label, points in curves.items()}
+    plot_curves(percentages, ax, xlabel, "accuracy (%)")
+    ax.locator_params(axis="x", integer=True)
     if baseline is not None:
         ax.axhline(100 * baseline, color="0.4", linestyle="--", linewidth=1, label="float")
-    ax.set(xlabel=xlabel, ylabel="accuracy (%)")
-    ax.locator_params(axis="x", integer=True)
-    ax.legend(fontsize=8)
+        ax.legend(fontsize=8, handlelength=3)
     return ax
 
 
