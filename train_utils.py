@@ -184,6 +184,22 @@ class SoftTargets:
             yield x, torch.lerp(F.one_hot(y, taught.shape[1]).float(), taught, self.weight)
 
 
+class CompiledForOneSize(torch.nn.Module):
+    """A net compiled for batches of the size that comes first; others, as the last of an epoch, it takes uncompiled.
+
+    A second size would cost as much compilation as the first, and there is one such batch an epoch.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.size = net, None
+        self.compiled = torch.compile(net, dynamic=False)
+
+    def forward(self, x):
+        self.size = self.size or len(x)
+        return self.compiled(x) if len(x) == self.size else self.net(x)
+
+
 def train_epoch(net, batches, optimizer, criterion, *, hold_zeros, bf16=False, forward=None,
                 on_step=lambda step: None):
     """Train `net`, in place, on one pass over `batches`; return (mean loss, accuracy) of the training batches.
@@ -267,10 +283,10 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     if state_path is not None and Path(state_path).exists():
         history, best = _resume(state_path, state_tag, net, optimizer)
 
-    forward = torch.compile(net, dynamic=False) if compile else net
+    forward = CompiledForOneSize(net) if compile else net
     if teacher is not None:
         teacher.to(memory_format=torch.channels_last).eval()
-        teacher = torch.compile(teacher, dynamic=False) if compile else teacher
+        teacher = CompiledForOneSize(teacher) if compile else teacher
     steps = -(-len(data.train_images) // batch_size)
     with tqdm(total=epochs * steps, initial=len(history) * steps, desc=name, unit="step", mininterval=2.0) as bar:
         for epoch in range(len(history) + 1, epochs + 1):
