@@ -259,7 +259,8 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     the same then. Epoch e draws order and augmentation from seed and e.
 
     Raises ValueError for arguments out of range or a state that is damaged or has another tag, and
-    FloatingPointError if loss or weights become NaN or infinite: the net then holds the last whole epoch.
+    FloatingPointError if loss or weights become NaN or infinite. Whatever ends it early, Ctrl-C too, the net then
+    holds the last whole epoch.
     """
     _check_fit(epochs=epochs, batch_size=batch_size, test_every=test_every, log_every_n=log_every_n)
     for argument, value in {"lr": lr, "weight_decay": weight_decay}.items():
@@ -288,10 +289,10 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
         teacher.to(memory_format=torch.channels_last).eval()
         teacher = CompiledForOneSize(teacher) if compile else teacher
     steps = -(-len(data.train_images) // batch_size)
-    with tqdm(total=epochs * steps, initial=len(history) * steps, desc=name, unit="step", mininterval=2.0) as bar:
+    with tqdm(total=epochs * steps, initial=len(history) * steps, desc=name, unit="step", mininterval=2.0) as bar, \
+            _LastWholeEpoch(net) as whole:
         for epoch in range(len(history) + 1, epochs + 1):
             started = time.perf_counter()
-            last_good = _snapshot(net)
             if before_epoch is not None:
                 before_epoch(epoch, net)
 
@@ -315,7 +316,6 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
                     raise
                 loss = math.nan  # a quantizer met the broken weights before the loss did
             if not (math.isfinite(loss) and _is_finite(net)):
-                net.load_state_dict(last_good)
                 raise FloatingPointError(f"{name}: loss or weights became NaN or infinite in epoch {epoch}; lr={lr} "
                                          "may be too large. The net holds the last whole epoch.")
             entry = {"epoch": epoch, "lr": learning_rate(schedule, lr, (epoch - 1) / epochs, warmup),
@@ -327,6 +327,7 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
                     best = {"accuracy": entry["test_accuracy"], "state": _snapshot(net)}
             entry["seconds"] = time.perf_counter() - started
             history.append(entry)
+            whole.keep()
             if state_path is not None:
                 atomic_save({"net": _snapshot(net), "optimizer": optimizer.state_dict(), "history": history,
                              "best": best, "tag": state_tag}, state_path)
@@ -334,6 +335,24 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
             bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}",
                             accuracy=f"{100 * entry.get('test_accuracy', accuracy):.2f}%")
     return history, best["state"]
+
+
+class _LastWholeEpoch:
+    """A context in which `net` is trained: left by an error or Ctrl-C, the net gets back the state last kept."""
+
+    def __init__(self, net):
+        self.net = net
+        self.keep()
+
+    def keep(self):
+        self.state = _snapshot(self.net)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None:
+            self.net.load_state_dict(self.state)
 
 
 def _is_finite(net):
