@@ -259,8 +259,8 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     the same then. Epoch e draws order and augmentation from seed and e.
 
     Raises ValueError for arguments out of range or a state that is damaged or has another tag, and
-    FloatingPointError if loss or weights become NaN or infinite. Whatever ends it early, Ctrl-C too, the net then
-    holds the last whole epoch.
+    FloatingPointError if loss or weights become NaN or infinite, torch.OutOfMemoryError if batch_size is too large
+    for the GPU. Whatever ends it early, Ctrl-C too, the net then holds the last whole epoch.
     """
     _check_fit(epochs=epochs, batch_size=batch_size, test_every=test_every, log_every_n=log_every_n)
     for argument, value in {"lr": lr, "weight_decay": weight_decay}.items():
@@ -311,6 +311,10 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
             try:
                 loss, accuracy = train_epoch(net, batches, optimizer, criterion, hold_zeros=hold, bf16=bf16,
                                              forward=forward, on_step=on_step)
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(
+                    f"{name}: {device} ran out of memory in epoch {epoch} with batch_size={batch_size}; try "
+                    f"batch_size={max(batch_size // 2, 1)}. The net holds the last whole epoch. ({error})") from error
             except ValueError:
                 if _is_finite(net):
                     raise

@@ -68,3 +68,31 @@ def test_an_epoch_that_was_whole_before_its_state_could_not_be_written_is_kept(s
     with pytest.raises(KeyboardInterrupt):
         fit(net, epochs=3, data=small_cifar, state_path=tmp_path / "state.pt", **RECIPE)
     assert same(net.state_dict(), whole.state_dict())
+
+
+# ---------------------------------------------------------------- a GPU without memory
+
+
+def out_of_memory_in_step(net, step):
+    """Have `net` run out of memory in its training step number `step`, as CUDA reports it."""
+    steps = []
+
+    def hook(module, inputs):
+        steps.extend([1] * module.training)
+        if len(steps) == step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    return net.register_forward_pre_hook(hook)
+
+
+def test_out_of_memory_suggests_a_smaller_batch_and_keeps_what_was_reached(small_cifar, tmp_path):
+    whole, net, unbroken = make_net(), make_net(), make_net()
+    fit(whole, epochs=1, data=small_cifar, **RECIPE)
+    fit(unbroken, epochs=3, data=small_cifar, **RECIPE)
+    hook = out_of_memory_in_step(net, 7)
+    with pytest.raises(torch.OutOfMemoryError, match="memory in epoch 2 with batch_size=64; try batch_size=32.*2.00 GiB"):
+        fit(net, epochs=3, data=small_cifar, state_path=tmp_path / "state.pt", **RECIPE)
+    hook.remove()
+    assert same(net.state_dict(), whole.state_dict())
+    fit(net, epochs=3, data=small_cifar, state_path=tmp_path / "state.pt", **RECIPE)
+    assert same(net.state_dict(), unbroken.state_dict())
