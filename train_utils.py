@@ -184,6 +184,22 @@ class SoftTargets:
             yield x, torch.lerp(F.one_hot(y, taught.shape[1]).float(), taught, self.weight)
 
 
+class CompiledForOneSize(torch.nn.Module):
+    """A net compiled for batches of the size that comes first; others, as the last of an epoch, it takes uncompiled.
+
+    A second size would cost as much compilation as the first, and there is one such batch an epoch.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.size = net, None
+        self.compiled = torch.compile(net, dynamic=False)
+
+    def forward(self, x):
+        self.size = self.size or len(x)
+        return self.compiled(x) if len(x) == self.size else self.net(x)
+
+
 def train_epoch(net, batches, optimizer, criterion, *, hold_zeros, bf16=False, forward=None,
                 on_step=lambda step: None):
     """Train `net`, in place, on one pass over `batches`; return (mean loss, accuracy) of the training batches.
@@ -243,7 +259,8 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     the same then. Epoch e draws order and augmentation from seed and e.
 
     Raises ValueError for arguments out of range or a state that is damaged or has another tag, and
-    FloatingPointError if loss or weights become NaN or infinite: the net then holds the last whole epoch.
+    FloatingPointError if loss or weights become NaN or infinite, torch.OutOfMemoryError if batch_size is too large
+    for the GPU. Whatever ends it early, Ctrl-C too, the net then holds the last whole epoch.
     """
     _check_fit(epochs=epochs, batch_size=batch_size, test_every=test_every, log_every_n=log_every_n)
     for argument, value in {"lr": lr, "weight_decay": weight_decay}.items():
@@ -267,15 +284,15 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     if state_path is not None and Path(state_path).exists():
         history, best = _resume(state_path, state_tag, net, optimizer)
 
-    forward = torch.compile(net, dynamic=False) if compile else net
+    forward = CompiledForOneSize(net) if compile else net
     if teacher is not None:
         teacher.to(memory_format=torch.channels_last).eval()
-        teacher = torch.compile(teacher, dynamic=False) if compile else teacher
+        teacher = CompiledForOneSize(teacher) if compile else teacher
     steps = -(-len(data.train_images) // batch_size)
-    with tqdm(total=epochs * steps, initial=len(history) * steps, desc=name, unit="step", mininterval=2.0) as bar:
+    with tqdm(total=epochs * steps, initial=len(history) * steps, desc=name, unit="step", mininterval=2.0) as bar, \
+            _LastWholeEpoch(net) as whole:
         for epoch in range(len(history) + 1, epochs + 1):
             started = time.perf_counter()
-            last_good = _snapshot(net)
             if before_epoch is not None:
                 before_epoch(epoch, net)
 
@@ -294,12 +311,15 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
             try:
                 loss, accuracy = train_epoch(net, batches, optimizer, criterion, hold_zeros=hold, bf16=bf16,
                                              forward=forward, on_step=on_step)
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(
+                    f"{name}: {device} ran out of memory in epoch {epoch} with batch_size={batch_size}; try "
+                    f"batch_size={max(batch_size // 2, 1)}. The net holds the last whole epoch. ({error})") from error
             except ValueError:
                 if _is_finite(net):
                     raise
                 loss = math.nan  # a quantizer met the broken weights before the loss did
             if not (math.isfinite(loss) and _is_finite(net)):
-                net.load_state_dict(last_good)
                 raise FloatingPointError(f"{name}: loss or weights became NaN or infinite in epoch {epoch}; lr={lr} "
                                          "may be too large. The net holds the last whole epoch.")
             entry = {"epoch": epoch, "lr": learning_rate(schedule, lr, (epoch - 1) / epochs, warmup),
@@ -311,6 +331,7 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
                     best = {"accuracy": entry["test_accuracy"], "state": _snapshot(net)}
             entry["seconds"] = time.perf_counter() - started
             history.append(entry)
+            whole.keep()
             if state_path is not None:
                 atomic_save({"net": _snapshot(net), "optimizer": optimizer.state_dict(), "history": history,
                              "best": best, "tag": state_tag}, state_path)
@@ -318,6 +339,24 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
             bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}",
                             accuracy=f"{100 * entry.get('test_accuracy', accuracy):.2f}%")
     return history, best["state"]
+
+
+class _LastWholeEpoch:
+    """A context in which `net` is trained: left by an error or Ctrl-C, the net gets back the state last kept."""
+
+    def __init__(self, net):
+        self.net = net
+        self.keep()
+
+    def keep(self):
+        self.state = _snapshot(self.net)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None:
+            self.net.load_state_dict(self.state)
 
 
 def _is_finite(net):

@@ -558,3 +558,14 @@ def test_short_runs_stay_eager_and_a_cpu_without_a_compiler_too(monkeypatch):
 def test_training_speed_is_that_of_its_steps(net):
     speed = training_speed(net, batch_size=32)
     assert 10 < speed < 1e6
+
+
+def test_only_the_size_of_the_first_batch_is_compiled(net, small_cifar, monkeypatch):
+    """256 images in batches of 100: the net and its teacher take the last 56 uncompiled, with the same result."""
+    sizes, arguments = [], dict(epochs=2, batch_size=100, lr=0.05, weight_decay=0.0, distill=0.5, data=small_cifar)
+    monkeypatch.setattr(torch, "compile", lambda net, dynamic: lambda x: sizes.append(len(x)) or net(x))
+    plain = copy.deepcopy(net)
+    fit(net, compile=True, teacher=make_net(), **arguments)
+    assert sizes == [100] * 2 * 2 * 2  # of net and teacher, two an epoch
+    fit(plain, teacher=make_net(), **arguments)
+    assert same(net.state_dict(), plain.state_dict())
