@@ -90,7 +90,8 @@ def test_out_of_memory_suggests_a_smaller_batch_and_keeps_what_was_reached(small
     fit(whole, epochs=1, data=small_cifar, **RECIPE)
     fit(unbroken, epochs=3, data=small_cifar, **RECIPE)
     hook = out_of_memory_in_step(net, 7)
-    with pytest.raises(torch.OutOfMemoryError, match="memory in epoch 2 with batch_size=64; try batch_size=32.*2.00 GiB"):
+    complaint = "memory in epoch 2 with batch_size=64; try batch_size=32.*2.00 GiB"
+    with pytest.raises(torch.OutOfMemoryError, match=complaint):
         fit(net, epochs=3, data=small_cifar, state_path=tmp_path / "state.pt", **RECIPE)
     hook.remove()
     assert same(net.state_dict(), whole.state_dict())
