@@ -267,7 +267,7 @@ def train_run(name, folder=SHIPPED):
         "teacher_sha256": teacher_sha256,
         "seconds": seconds,
         "images_per_second": n_images * len(history) / seconds,
-        "environment": _environment(net) | how,
+        "environment": _environment(device) | how,
         "history": history,
     }
     _write_text(_record_path(name, folder), json.dumps(record, indent=1) + "\n")
@@ -287,10 +287,9 @@ def _load_parent(name, net, folder, wanted_by):
     raise RecordError(f"{wanted_by} starts from {name}, which is {not_trained(name)}")
 
 
-def _environment(net):
+def _environment(device):
     import torch
 
-    device = next(net.parameters()).device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {"device": kind, "python": platform.python_version(), "torch": torch.__version__}
 

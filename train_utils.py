@@ -333,7 +333,7 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
             history.append(entry)
             whole.keep()
             if state_path is not None:
-                atomic_save({"net": _snapshot(net), "optimizer": optimizer.state_dict(), "history": history,
+                atomic_save({"net": whole.state, "optimizer": optimizer.state_dict(), "history": history,
                              "best": best, "tag": state_tag}, state_path)
             bar.update(epoch * steps - bar.n)
             bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}",

@@ -164,7 +164,7 @@ class Pipeline:
         if kind != "assigned":
             self.net.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.002, momentum=0.875, weight_decay=1e-4)
-        self.forward = torch.compile(self.net, dynamic=False) if kind == "compiled" else self.net
+        self.forward = train_utils.CompiledForOneSize(self.net) if kind == "compiled" else self.net
         self.bf16 = train_utils.execution(self.device)["bf16"]
 
     def train(self, steps, warmup, split=False):
