@@ -39,7 +39,7 @@ def check_n_bits(Nbits, symmetric=False):
             raise TypeError
         n_bits = operator.index(Nbits)
     except TypeError:
-        raise TypeError(f"Nbits must be None or an integer, got {Nbits!r}") from None
+        raise TypeError(f"Nbits must be None or an integer from 0 to {MAX_BITS}, got {Nbits!r}") from None
     if not 0 <= n_bits <= MAX_BITS:
         raise ValueError(f"Nbits must be None, 0 or 1 to {MAX_BITS}, got {n_bits}")
     if symmetric and n_bits == 1:

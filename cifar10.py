@@ -277,8 +277,10 @@ def random_crop_flip(images, generator, padding=4):
 
     images is (N, C, H, W) of any dtype; `generator` is a CPU torch.Generator, so one seed gives one
     augmentation on every device. The distribution is torchvision's RandomCrop(H, padding) followed by
-    RandomHorizontalFlip.
+    RandomHorizontalFlip. Raises ValueError if padding is not an integer >= 0.
     """
+    if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
+        raise ValueError(f"padding must be an integer >= 0, got {padding!r}")
     n, _, height, width = images.shape
     device = images.device
     offsets = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator).to(device)
@@ -298,12 +300,15 @@ class Batches:
     a generator seeded by `seed` alone; give each epoch its own seed. Else the stored order, untouched.
     The last batch may be smaller. Iterating twice yields the same batches.
 
-    Raises ValueError if batch_size is not a positive integer or images and labels differ in number.
+    Raises ValueError if batch_size is not a positive integer, seed not one >= 0, or images and labels differ in
+    number.
     """
 
     def __init__(self, images, labels, batch_size, seed=0, augment=False):
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
         if len(images) != len(labels):
             raise ValueError(f"images and labels must be equally many, got {len(images)} and {len(labels)}")
         self.images, self.labels = images, labels

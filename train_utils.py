@@ -3,6 +3,7 @@
 import functools
 import io
 import math
+import numbers
 import os
 import shutil
 import time
@@ -149,17 +150,19 @@ def learning_rate(schedule, peak, progress, warmup=0.0):
     """Return the learning rate at `progress`, the fraction of all steps done, in [0, 1).
 
     schedule: "constant"; "step", divided by 10 at 50 % and at 75 %; "cosine", to zero. With warmup > 0 the
-    rate first rises linearly from zero over that fraction. Raises ValueError for another schedule.
+    rate first rises linearly from zero over that fraction. Raises ValueError for another schedule, and if progress
+    or warmup is no fraction.
     """
+    if schedule not in ("constant", "step", "cosine"):
+        raise ValueError(f"schedule must be 'constant', 'step' or 'cosine', got {schedule!r}")
+    _check(progress=progress, warmup=warmup)
     if progress < warmup:
         return peak * progress / warmup
     if schedule == "constant":
         return peak
     if schedule == "step":
         return peak * (1 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01)
-    if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-    raise ValueError(f"schedule must be 'constant', 'step' or 'cosine', got {schedule!r}")
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 class SoftTargets:
@@ -174,6 +177,7 @@ class SoftTargets:
     """
 
     def __init__(self, batches, teacher, weight, bf16=False):
+        _check(weight=weight)
         self.batches, self.teacher, self.weight, self.bf16 = batches, teacher.eval(), weight, bf16
 
     def __iter__(self):
@@ -262,14 +266,11 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     FloatingPointError if loss or weights become NaN or infinite, torch.OutOfMemoryError if batch_size is too large
     for the GPU. Whatever ends it early, Ctrl-C too, the net then holds the last whole epoch.
     """
-    _check_fit(epochs=epochs, batch_size=batch_size, test_every=test_every, log_every_n=log_every_n)
-    for argument, value in {"lr": lr, "weight_decay": weight_decay}.items():
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-            raise ValueError(f"{argument} must be a finite number >= 0, got {value!r}")
-    if not (isinstance(warmup, (int, float)) and 0 <= warmup < 1):
-        raise ValueError(f"warmup must be a fraction of the steps, 0 <= warmup < 1, got {warmup!r}")
-    if not (isinstance(distill, (int, float)) and 0 <= distill <= 1):
-        raise ValueError(f"distill must be a weight from 0 to 1, got {distill!r}")
+    _check(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, momentum=momentum, warmup=warmup,
+           label_smoothing=label_smoothing, distill=distill, seed=seed, test_every=test_every, best_from=best_from,
+           log_every_n=log_every_n)
+    if hold_zeros_from is not None:
+        _check(hold_zeros_from=hold_zeros_from)
     if bool(distill) != (teacher is not None):
         raise ValueError(f"distill must be above 0 with a teacher and 0 without one, got {distill!r} and "
                          f"teacher={type(teacher).__name__}")
@@ -380,6 +381,7 @@ def training_speed(net, batch_size=256, steps=4):
 
     The rate is zero, but the net's BatchNorm statistics move.
     """
+    _check(batch_size=batch_size, steps=steps)
     device = _device_of(net)
     images, labels = get_data(device)[:2]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9)
@@ -404,10 +406,22 @@ def execution(device, steps=math.inf):
     return {"bf16": torch.cpu._is_amx_tile_supported(), "compile": steps >= 1000 and compiler is not None}
 
 
-def _check_fit(**counts):
-    for argument, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{argument} must be a positive integer, got {value!r}")
+_ALLOWED = [  # arguments, what they must be, and what a number that is that fulfils
+    ("epochs batch_size test_every best_from hold_zeros_from log_every_n steps", "a positive integer",
+     lambda n: isinstance(n, numbers.Integral) and n >= 1),
+    ("seed", "an integer >= 0", lambda n: isinstance(n, numbers.Integral) and n >= 0),
+    ("lr weight_decay reg", "a finite number >= 0", lambda x: 0 <= x < math.inf),
+    ("momentum warmup", "a number from 0 to below 1", lambda x: 0 <= x < 1),
+    ("label_smoothing distill weight progress", "a number from 0 to 1", lambda x: 0 <= x <= 1),
+]
+
+
+def _check(**arguments):
+    """Raise ValueError for the first of the arguments, by name, that is not what _ALLOWED says."""
+    for argument, value in arguments.items():
+        allowed, fulfils = next(rule[1:] for rule in _ALLOWED if argument in rule[0].split())
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fulfils(value):
+            raise ValueError(f"{argument} must be {allowed}, got {value!r}")
 
 
 # ---------------------------------------------------------------- the homework's entry points
@@ -420,6 +434,7 @@ def train(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="net_afte
     its last epoch, and its best test epoch is written to `checkpoint` (None: nowhere). The progress bar moves
     each log_every_n steps. Raises as fit does.
     """
+    _check(reg=reg)
     history, best = fit(net, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=reg, schedule="step",
                         hold_zeros_from=None, seed=seed, name="train", log_every_n=log_every_n)
     if checkpoint is not None:
@@ -435,6 +450,7 @@ def finetune(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="quant
     hold_zeros=False. The net ends in its last epoch; its best test epoch is written to `checkpoint`
     (None: nowhere). The progress bar moves each log_every_n steps. Raises as fit does.
     """
+    _check(reg=reg)
     history, best = fit(net, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=reg,
                         hold_zeros_from=1 if hold_zeros else None, seed=seed, name="finetune", log_every_n=log_every_n)
     if checkpoint is not None:
