@@ -224,6 +224,8 @@ def _read_or_fetch(root, cache, problems):
             arrays = _try([], _read_cache, cache)
             if arrays is not None:
                 return arrays
+        for left in [*root.glob("npm-*"), *root.glob(f"{CACHE_NAME}.*.part")]:  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         sources = [(_from_torchvision, root), (_from_npm, root)]
         if batches.is_dir():
             sources.insert(0, (_read_batches, batches))
