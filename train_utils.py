@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 import cifar10
-from files import atomic_write
+from files import atomic_write, check_writable
 from FP_layers import FP_Conv, FP_Linear
 from inference import fingerprint, for_evaluation
 from pruning import apply_masks, sparsity, weight_masks
@@ -265,6 +265,7 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     Raises ValueError for arguments out of range or a state that is damaged or has another tag, and
     FloatingPointError if loss or weights become NaN or infinite, torch.OutOfMemoryError if batch_size is too large
     for the GPU. Whatever ends it early, Ctrl-C too, the net then holds the last whole epoch.
+    OSError if state_path cannot be written, before any training.
     """
     _check(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, momentum=momentum, warmup=warmup,
            label_smoothing=label_smoothing, distill=distill, seed=seed, test_every=test_every, best_from=best_from,
@@ -275,6 +276,8 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
         raise ValueError(f"distill must be above 0 with a teacher and 0 without one, got {distill!r} and "
                          f"teacher={type(teacher).__name__}")
     learning_rate(schedule, lr, 0.5)  # refuse an unknown schedule before the work, not after
+    if state_path is not None:
+        check_writable(state_path)
     device = _device_of(net)
     data = get_data(device) if data is None else data
     net.to(memory_format=torch.channels_last)
@@ -369,7 +372,8 @@ def _resume(state_path, tag, net, optimizer):
         state = torch.load(state_path, map_location=_device_of(net), weights_only=True)
         if state["tag"] != tag:
             raise ValueError("it was written by a run with another config")
-        net.load_state_dict(state["net"])
+        with _LastWholeEpoch(net):  # what fits of another architecture would be loaded before it is refused
+            net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         return state["history"], state["best"]
     except Exception as error:
@@ -435,6 +439,8 @@ def train(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="net_afte
     each log_every_n steps. Raises as fit does.
     """
     _check(reg=reg)
+    if checkpoint is not None:
+        check_writable(checkpoint)
     history, best = fit(net, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=reg, schedule="step",
                         hold_zeros_from=None, seed=seed, name="train", log_every_n=log_every_n)
     if checkpoint is not None:
@@ -451,6 +457,8 @@ def finetune(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="quant
     (None: nowhere). The progress bar moves each log_every_n steps. Raises as fit does.
     """
     _check(reg=reg)
+    if checkpoint is not None:
+        check_writable(checkpoint)
     history, best = fit(net, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=reg,
                         hold_zeros_from=1 if hold_zeros else None, seed=seed, name="finetune", log_every_n=log_every_n)
     if checkpoint is not None:
