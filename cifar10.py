@@ -1,5 +1,6 @@
 """CIFAR-10 on the training device: get it from anywhere, verify it, hold it as uint8, batch and augment it."""
 
+import functools
 import hashlib
 import io
 import json
@@ -269,9 +270,13 @@ def hold_out(data, n, seed=0):
 
 def normalize(images):
     """Return uint8 images (N, 3, H, W) as float32 with the assignment's mean and deviation taken out."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1) * 255
-    return (images.float() - mean) / std
+    return (images.float() - _per_channel(MEAN, images.device)) / _per_channel(STD, images.device)
+
+
+@functools.lru_cache
+def _per_channel(values, device):
+    """Return `values` times 255 as (1, 3, 1, 1) on `device`; made once, as to send them there is to wait for it."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1) * 255
 
 
 def random_crop_flip(images, generator, padding=4):
@@ -283,13 +288,22 @@ def random_crop_flip(images, generator, padding=4):
     """
     if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
         raise ValueError(f"padding must be an integer >= 0, got {padding!r}")
+    shifts, flips = _draw(len(images), generator, padding)
+    return _crop_flip(images, shifts.to(images.device), flips.to(images.device), padding)
+
+
+def _draw(n, generator, padding=4):
+    """Return n random shifts (2, n, 1), down and right, and n times whether to mirror, (n, 1), on the CPU."""
+    shifts = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
+    return shifts, torch.rand((n, 1), generator=generator) < 0.5
+
+
+def _crop_flip(images, shifts, flips, padding=4):
     n, _, height, width = images.shape
     device = images.device
-    offsets = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator).to(device)
-    flip = torch.rand((n, 1), generator=generator).to(device) < 0.5
-    rows = offsets[0] + torch.arange(height, device=device)
+    rows = shifts[0] + torch.arange(height, device=device)
     columns = torch.arange(width, device=device).expand(n, width)
-    columns = offsets[1] + torch.where(flip, width - 1 - columns, columns)
+    columns = shifts[1] + torch.where(flips, width - 1 - columns, columns)
     padded = torch.nn.functional.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
     picked = padded[torch.arange(n, device=device).view(n, 1, 1), rows.unsqueeze(2), columns.unsqueeze(1)]
     return picked.permute(0, 3, 1, 2).contiguous()
@@ -324,7 +338,10 @@ class Batches:
             for i in range(0, len(self.images), self.batch_size):
                 yield normalize(self.images[i : i + self.batch_size]), self.labels[i : i + self.batch_size]
             return
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
-        for index in order.split(self.batch_size):
-            yield normalize(random_crop_flip(self.images[index], generator)), self.labels[index]
+        generator, device = torch.Generator().manual_seed(self.seed), self.images.device
+        order = torch.randperm(len(self.images), generator=generator)
+        # All of the epoch's draws are sent to the device at once: it would be waited for with every sending.
+        shifts, flips = zip(*(_draw(len(index), generator) for index in order.split(self.batch_size)))
+        drawn = (order.to(device), torch.cat(shifts, 1).to(device), torch.cat(flips).to(device))
+        for index, shift, flip in zip(*(t.split(self.batch_size, d) for t, d in zip(drawn, (0, 1, 0)))):
+            yield normalize(_crop_flip(self.images[index], shift, flip)), self.labels[index]

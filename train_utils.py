@@ -282,7 +282,7 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     data = get_data(device) if data is None else data
     net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, nesterov=nesterov,
-                                weight_decay=weight_decay)
+                                weight_decay=weight_decay, fused=True if device.type == "cuda" else None)
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     history, best = [], {"accuracy": -1.0, "state": None}
     if state_path is not None and Path(state_path).exists():
