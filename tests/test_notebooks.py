@@ -1,7 +1,9 @@
 """The stored notebooks are whole and clean, and nbval goes red when a stored result or a shown source is altered."""
 
+import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +79,49 @@ def test_blocks_4_and_5_keep_their_roles():
 
 
 # ---------------------------------------------------------------- nbval can fail
+
+
+@pytest.fixture(scope="module")
+def shipped_part():
+    """The first cells of the shipped Lab 1, up to the numbers that plain gradient descent ends with."""
+    notebook = nbformat.read(ROOT / "lab1_sparse_linear.ipynb", as_version=4)
+    last = next(i for i, cell in enumerate(notebook.cells) if "$W_{200}$" in cell.source and cell.cell_type == "code")
+    notebook.cells = notebook.cells[: last + 1]
+    return notebook
+
+
+def alter_nothing(notebook, folder):
+    pass
+
+
+def alter_one_digit(notebook, folder):
+    """The last digit of the last number that the notebook shows."""
+    shown = notebook.cells[-1].outputs[-1].data
+    shown["text/markdown"] = re.sub(r"(\d)(?=\D*$)", lambda digit: str(9 - int(digit[1])), shown["text/markdown"])
+
+
+def alter_a_helper_in_the_notebook(notebook, folder):
+    cell = next(cell for cell in notebook.cells if "def gradient" in cell.source)
+    cell.source = cell.source.replace("return 2 * X.T", "return 2.0001 * X.T")
+
+
+def alter_a_helper_in_a_module(notebook, folder):
+    source = (folder / "figures.py").read_text()
+    (folder / "figures.py").write_text(source.replace('[":--"] + ["--:"]', '[":-:"] + ["--:"]'))
+
+
+@pytest.mark.parametrize("alter", [
+    alter_nothing, alter_one_digit, alter_a_helper_in_the_notebook, alter_a_helper_in_a_module,
+])
+def test_nbval_on_a_copy_of_a_shipped_notebook(tmp_path, shipped_part, alter):
+    notebook = copy.deepcopy(shipped_part)
+    shutil.copy(ROOT / "figures.py", tmp_path)
+    alter(notebook, tmp_path)
+    changed = notebook != shipped_part or (tmp_path / "figures.py").read_bytes() != (ROOT / "figures.py").read_bytes()
+    result = run_nbval(tmp_path, notebook)
+    assert (result.returncode == 1) == changed == (alter is not alter_nothing), result.stdout
+    if alter is alter_one_digit:
+        assert f"1 failed, {len(code_cells(notebook)) - 1} passed" in result.stdout, result.stdout
 
 
 def run_nbval(folder, notebook):
