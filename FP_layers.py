@@ -156,20 +156,30 @@ class LearnedStep(torch.autograd.Function):
 def fit_step(w, lowest, highest, candidates=100):
     """Return the step of each output channel of w, (C, 1, ..., 1), that quantizes it with least squared error.
 
-    w: (C, ...), finite. The best of `candidates` equally spaced steps up to max|w| / highest is improved by the closed
-    form <w, codes> / <codes, codes> for its codes. A channel of zeros gets step 1.
+    w: (C, ...), finite. A search over `candidates` steps up to max|w| / highest, then over as many around the best
+    of them; each candidate is first improved by the closed form <w, codes> / <codes, codes> for its codes. A
+    channel of zeros gets step 1.
     """
     rows = w.flatten(1)
     largest = rows.abs().amax(1, keepdim=True) / highest
+    largest = torch.where(largest > 0, largest, 1.0)
     best, error = largest, torch.full_like(largest, math.inf)
-    for i in range(1, candidates + 1):
-        step = torch.where(largest > 0, largest, 1.0) * i / candidates
-        codes = (rows / step).round().clamp(lowest, highest)
-        norm = codes.square().sum(1, keepdim=True)
-        step = torch.where(norm > 0, (rows * codes).sum(1, keepdim=True) / norm, step)
-        error_i = (rows - (rows / step).round().clamp(lowest, highest) * step).square().sum(1, keepdim=True)
-        best, error = torch.where(error_i < error, step, best), torch.minimum(error_i, error)
-    return torch.where(largest > 0, best, 1.0).view(-1, *[1] * (w.dim() - 1))
+
+    def codes_of(step):
+        return (rows / step).round().clamp(lowest, highest)
+
+    for center, radius in ((largest / 2, largest / 2), (None, largest / candidates)):
+        center = best if center is None else center
+        for i in range(1, candidates + 1):
+            step = center + radius * (2 * i / candidates - 1)
+            step = torch.where(step > 0, step, center)
+            codes = codes_of(step)
+            norm = codes.square().sum(1, keepdim=True)
+            step = torch.where(norm > 0, (rows * codes).sum(1, keepdim=True) / norm, step)
+            error_i = (rows - codes_of(step) * step).square().sum(1, keepdim=True)
+            best, error = torch.where(error_i < error, step, best), torch.minimum(error_i, error)
+    silent = (rows == 0).all(1, keepdim=True)
+    return torch.where(silent, 1.0, best).view(-1, *[1] * (w.dim() - 1))
 
 
 # ---------------------------------------------------------------- layers
