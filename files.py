@@ -1,6 +1,8 @@
 """Files are written whole or not at all."""
 
+import errno
 import os
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,3 +31,16 @@ def atomic_write(path):
             temporary.unlink(missing_ok=True)
         except OSError:
             pass  # the error that led here is the one to report
+
+
+def check_writable(path):
+    """Raise OSError naming `path` if it could not be written now; better before hours of training than after."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path} ({error.strerror or error})") from error

@@ -21,7 +21,7 @@ class ResNet_Block(nn.Module):
         self.conv1 = nn.Sequential(
             FP_Conv(in_chs, out_chs, kernel_size=3, stride=strides, padding=1, bias=False, **fixed_point),
             nn.BatchNorm2d(out_chs),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
         self.conv2 = nn.Sequential(
             FP_Conv(out_chs, out_chs, kernel_size=3, stride=1, padding=1, bias=False, **fixed_point),
@@ -34,7 +34,7 @@ class ResNet_Block(nn.Module):
                 FP_Conv(in_chs, out_chs, kernel_size=1, stride=strides, padding=0, bias=False, **fixed_point),
                 nn.BatchNorm2d(out_chs),
             )
-        self.final_activation = nn.ReLU()
+        self.final_activation = nn.ReLU(inplace=True)
 
     def forward(self, x):
         return self.final_activation(self.conv2(self.conv1(x)) + self.id_mapping(x))
@@ -64,7 +64,7 @@ class ResNetCIFAR(nn.Module):
         self.head_conv = nn.Sequential(
             FP_Conv(3, 16, kernel_size=3, stride=1, padding=1, bias=False, Nbits=None),
             nn.BatchNorm2d(16),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
         blocks, in_chs = [], 16
         for stage, out_chs in enumerate((16, 32, 64)):

@@ -3,6 +3,7 @@
 import functools
 import io
 import math
+import numbers
 import os
 import shutil
 import time
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 import cifar10
-from files import atomic_write
+from files import atomic_write, check_writable
 from FP_layers import FP_Conv, FP_Linear
 from inference import fingerprint, for_evaluation
 from pruning import apply_masks, sparsity, weight_masks
@@ -149,17 +150,19 @@ def learning_rate(schedule, peak, progress, warmup=0.0):
     """Return the learning rate at `progress`, the fraction of all steps done, in [0, 1).
 
     schedule: "constant"; "step", divided by 10 at 50 % and at 75 %; "cosine", to zero. With warmup > 0 the
-    rate first rises linearly from zero over that fraction. Raises ValueError for another schedule.
+    rate first rises linearly from zero over that fraction. Raises ValueError for another schedule, and if progress
+    or warmup is no fraction.
     """
+    if schedule not in ("constant", "step", "cosine"):
+        raise ValueError(f"schedule must be 'constant', 'step' or 'cosine', got {schedule!r}")
+    _check(progress=progress, warmup=warmup)
     if progress < warmup:
         return peak * progress / warmup
     if schedule == "constant":
         return peak
     if schedule == "step":
         return peak * (1 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01)
-    if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-    raise ValueError(f"schedule must be 'constant', 'step' or 'cosine', got {schedule!r}")
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 class SoftTargets:
@@ -174,6 +177,7 @@ class SoftTargets:
     """
 
     def __init__(self, batches, teacher, weight, bf16=False):
+        _check(weight=weight)
         self.batches, self.teacher, self.weight, self.bf16 = batches, teacher.eval(), weight, bf16
 
     def __iter__(self):
@@ -261,24 +265,24 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     Raises ValueError for arguments out of range or a state that is damaged or has another tag, and
     FloatingPointError if loss or weights become NaN or infinite, torch.OutOfMemoryError if batch_size is too large
     for the GPU. Whatever ends it early, Ctrl-C too, the net then holds the last whole epoch.
+    OSError if state_path cannot be written, before any training.
     """
-    _check_fit(epochs=epochs, batch_size=batch_size, test_every=test_every, log_every_n=log_every_n)
-    for argument, value in {"lr": lr, "weight_decay": weight_decay}.items():
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-            raise ValueError(f"{argument} must be a finite number >= 0, got {value!r}")
-    if not (isinstance(warmup, (int, float)) and 0 <= warmup < 1):
-        raise ValueError(f"warmup must be a fraction of the steps, 0 <= warmup < 1, got {warmup!r}")
-    if not (isinstance(distill, (int, float)) and 0 <= distill <= 1):
-        raise ValueError(f"distill must be a weight from 0 to 1, got {distill!r}")
+    _check(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, momentum=momentum, warmup=warmup,
+           label_smoothing=label_smoothing, distill=distill, seed=seed, test_every=test_every, best_from=best_from,
+           log_every_n=log_every_n)
+    if hold_zeros_from is not None:
+        _check(hold_zeros_from=hold_zeros_from)
     if bool(distill) != (teacher is not None):
         raise ValueError(f"distill must be above 0 with a teacher and 0 without one, got {distill!r} and "
                          f"teacher={type(teacher).__name__}")
     learning_rate(schedule, lr, 0.5)  # refuse an unknown schedule before the work, not after
+    if state_path is not None:
+        check_writable(state_path)
     device = _device_of(net)
     data = get_data(device) if data is None else data
     net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, nesterov=nesterov,
-                                weight_decay=weight_decay)
+                                weight_decay=weight_decay, fused=True if device.type == "cuda" else None)
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     history, best = [], {"accuracy": -1.0, "state": None}
     if state_path is not None and Path(state_path).exists():
@@ -368,7 +372,8 @@ def _resume(state_path, tag, net, optimizer):
         state = torch.load(state_path, map_location=_device_of(net), weights_only=True)
         if state["tag"] != tag:
             raise ValueError("it was written by a run with another config")
-        net.load_state_dict(state["net"])
+        with _LastWholeEpoch(net):  # what fits of another architecture would be loaded before it is refused
+            net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         return state["history"], state["best"]
     except Exception as error:
@@ -380,6 +385,7 @@ def training_speed(net, batch_size=256, steps=4):
 
     The rate is zero, but the net's BatchNorm statistics move.
     """
+    _check(batch_size=batch_size, steps=steps)
     device = _device_of(net)
     images, labels = get_data(device)[:2]
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9)
@@ -404,10 +410,22 @@ def execution(device, steps=math.inf):
     return {"bf16": torch.cpu._is_amx_tile_supported(), "compile": steps >= 1000 and compiler is not None}
 
 
-def _check_fit(**counts):
-    for argument, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{argument} must be a positive integer, got {value!r}")
+_ALLOWED = [  # arguments, what they must be, and what a number that is that fulfils
+    ("epochs batch_size test_every best_from hold_zeros_from log_every_n steps", "a positive integer",
+     lambda n: isinstance(n, numbers.Integral) and n >= 1),
+    ("seed", "an integer >= 0", lambda n: isinstance(n, numbers.Integral) and n >= 0),
+    ("lr weight_decay reg", "a finite number >= 0", lambda x: 0 <= x < math.inf),
+    ("momentum warmup", "a number from 0 to below 1", lambda x: 0 <= x < 1),
+    ("label_smoothing distill weight progress", "a number from 0 to 1", lambda x: 0 <= x <= 1),
+]
+
+
+def _check(**arguments):
+    """Raise ValueError for the first of the arguments, by name, that is not what _ALLOWED says."""
+    for argument, value in arguments.items():
+        allowed, fulfils = next(rule[1:] for rule in _ALLOWED if argument in rule[0].split())
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fulfils(value):
+            raise ValueError(f"{argument} must be {allowed}, got {value!r}")
 
 
 # ---------------------------------------------------------------- the homework's entry points
@@ -420,6 +438,9 @@ def train(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="net_afte
     its last epoch, and its best test epoch is written to `checkpoint` (None: nowhere). The progress bar moves
     each log_every_n steps. Raises as fit does.
     """
+    _check(reg=reg)
+    if checkpoint is not None:
+        check_writable(checkpoint)
     history, best = fit(net, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=reg, schedule="step",
                         hold_zeros_from=None, seed=seed, name="train", log_every_n=log_every_n)
     if checkpoint is not None:
@@ -435,6 +456,9 @@ def finetune(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="quant
     hold_zeros=False. The net ends in its last epoch; its best test epoch is written to `checkpoint`
     (None: nowhere). The progress bar moves each log_every_n steps. Raises as fit does.
     """
+    _check(reg=reg)
+    if checkpoint is not None:
+        check_writable(checkpoint)
     history, best = fit(net, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=reg,
                         hold_zeros_from=1 if hold_zeros else None, seed=seed, name="finetune", log_every_n=log_every_n)
     if checkpoint is not None:

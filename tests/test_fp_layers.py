@@ -373,3 +373,12 @@ def test_star_import_yields_what_notebooks_of_the_course_use():
     assert names["torch"] is torch and names["nn"] is nn and names["F"] is F and names["np"] is np
     assert names["math"].pi and (names["STE"], names["FP_Conv"], names["FP_Linear"]) == (STE, FP_Conv, FP_Linear)
     assert names["device"] == torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("bit, symmetric", [(2, False), (4, True)])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_where_weights_are_not_checked_what_is_not_finite_stays_visible(monkeypatch, poison, bit, symmetric):
+    """As on a GPU and inside torch.compile; no weight but the pruned ones may come out finite."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    quantized = STE.apply(torch.tensor([0.5, poison, 0.0, -1.0]), bit, symmetric)
+    assert quantized.isnan().tolist() == [True, True, False, True]

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import functools
 import math
 import os
 import signal
@@ -13,9 +14,11 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 
+import cifar10
 import train_utils
 from cifar10 import Batches, normalize
 from conftest import REPOSITORY
@@ -333,6 +336,16 @@ def test_divergence_is_an_error_and_the_net_keeps_its_last_good_epoch(n_bits, ba
     assert same(net.state_dict(), before)
 
 
+def test_divergence_is_an_error_where_quantizers_do_not_check(monkeypatch):
+    """As on a GPU and inside torch.compile, where NaN has to come all the way to the loss."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    net = make_net(Nbits=4)
+    before = state_of(net)
+    with pytest.raises(FloatingPointError, match=r"epoch 1.*lr=1e\+38"):
+        fit(net, epochs=1, batch_size=64, lr=1e38, weight_decay=1e38)
+    assert same(net.state_dict(), before)
+
+
 def test_divergence_in_a_later_epoch_keeps_the_epoch_before(net):
     def poison(epoch, net):
         if epoch == 2:
@@ -569,3 +582,37 @@ def test_only_the_size_of_the_first_batch_is_compiled(net, small_cifar, monkeypa
     assert sizes == [100] * 2 * 2 * 2  # of net and teacher, two an epoch
     fit(plain, teacher=make_net(), **arguments)
     assert same(net.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("arguments", [{}, {"Nbits": 4}, {"Nbits": 2, "quantizer": "learned"}], ids=str)
+def test_nothing_in_an_epoch_waits_for_a_gpu(monkeypatch, arguments):
+    """With fake CUDA tensors, which have no values, whatever reads one is an error: only the epoch's end does.
+
+    The backward pass is left out, as PyTorch's engine needs a real device.
+    """
+    fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor")
+    events, fresh_cache = [], functools.lru_cache(cifar10._per_channel.__wrapped__)
+    monkeypatch.setattr(cifar10, "_per_channel", fresh_cache)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            devices = {t.device.type for t in (*args, result) if isinstance(t, torch.Tensor)}
+            if str(function).startswith(("aten._to_copy", "aten.copy_")) and len(devices) > 1:
+                events.append("sent")
+            return result
+
+    def backward(loss):
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with fake_tensor.FakeTensorMode(), Watch():
+        with torch.device("cuda"):
+            net, teacher = (ResNetCIFAR(num_layers=8, **arguments) for _ in range(2))
+            images, labels = torch.empty(256, 3, 32, 32, dtype=torch.uint8), torch.zeros(256, dtype=torch.long)
+        batches = SoftTargets(Batches(images, labels, 64, augment=True), teacher, 0.5)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        with pytest.raises(fake_tensor.DataDependentOutputException):
+            train_epoch(net, batches, optimizer, nn.CrossEntropyLoss(), hold_zeros=True, on_step=events.append)
+    assert events[-4:] == [0, 1, 2, 3] and "sent" in events
