@@ -1,0 +1,37 @@
+"""Plots draw the numbers that they are given, where they belong."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+import figures
+
+
+@pytest.fixture
+def ax():
+    made = figures.axes()
+    yield made
+    plt.close("all")
+
+
+def test_curves_are_drawn_in_the_order_of_x_each_in_its_own_style(ax):
+    figures.plot_curves({"a": {3: 30.0, 1: 10.0, 2: 5.0}, "b": {1: 0.0}}, ax, "x", "y")
+    first, second = ax.get_lines()
+    assert first.get_xydata().tolist() == [[1, 10], [2, 5], [3, 30]]
+    assert first.get_linestyle() != second.get_linestyle() and first.get_marker() != second.get_marker()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_accuracy_is_a_fraction_outside_and_a_percentage_in_the_figure(ax):
+    figures.plot_accuracy({"net": {4: 0.5, 2: 0.25}}, ax, "bits", baseline=0.75)
+    curve, baseline = ax.get_lines()
+    assert curve.get_xydata().tolist() == [[2, 25], [4, 50]]
+    assert set(baseline.get_ydata()) == {75} and baseline.get_linestyle() == "--"
+
+
+def test_a_group_has_crosses_exactly_where_it_is_zero(ax):
+    W = np.array([[0.0, -2.0, 1e-300], [0.5, 0.0, 0.0]])
+    figures.plot_groups(W, ax, largest=4)
+    (image,), (crosses,) = ax.get_images(), ax.collections
+    assert np.array_equal(image.get_array(), np.abs(W)) and image.get_clim() == (0, 4)
+    assert {(row, column) for column, row in crosses.get_offsets()} == {(0, 0), (1, 1), (1, 2)}
