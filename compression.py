@@ -207,11 +207,14 @@ def describe(data):
     count as what the coder writes more for it than for those before it. Raises as decompress does.
     """
     _, coder, float_bits, sections, parts = container.read(bytes(data), _expected)
-    symbols = [len(container.symbol_bytes(parts[:i], coder)) for i in range(len(parts) + 1)]
-    return sections, [
-        (part.record, float((container.value_of(part) == 0).mean()), len(container.float_bytes(part, float_bits)), more)
-        for part, more in zip(parts, np.diff(symbols).tolist())
-    ]
+    rows, so_far = [], 0
+    for i, part in enumerate(parts):
+        before = so_far
+        if part.symbols is not None:
+            so_far = len(container.symbol_bytes(parts[:i + 1], coder))
+        zeros = float((container.value_of(part) == 0).mean())
+        rows.append((part.record, zeros, len(container.float_bytes(part, float_bits)), so_far - before))
+    return sections, rows
 
 
 # ---------------------------------------------------------------- command line

@@ -246,7 +246,8 @@ def decode_floats(reader, shape, bits):
         for row in values if values.size else ():
             low, step = np.frombuffer(reader.take(4), "<f2").astype(np.float32)
             codes = coders.bit_reader(reader.take(-(-columns * bits // 8)))(columns, bits)
-            row[:] = low + step * codes.astype(np.float32)
+            with np.errstate(invalid="ignore"):  # an infinite step; reported below
+                row[:] = low + step * codes.astype(np.float32)
     if not np.isfinite(values).all():
         raise CompressionError(f"{reader.what} must be finite, got NaN or infinite values")
     return values.reshape(shape)
@@ -254,11 +255,10 @@ def decode_floats(reader, shape, bits):
 
 def _float16(values, towards=None):
     """Return values as float16: the nearest or, with towards=inf or -inf, the nearest on that side."""
-    with np.errstate(over="ignore"):
-        rounded = np.asarray(values).astype("<f2")
-        if towards is not None and (float(rounded) - float(values)) * towards < 0:
-            rounded = np.nextafter(rounded, np.float16(towards))
-    if not np.isfinite(rounded).all():
-        raise CompressionError(f"values must be below {np.finfo(np.float16).max} with float_bits below 32, "
-                               f"got {np.abs(values).max()}")
+    largest = np.abs(values).max(initial=0)
+    if largest > np.finfo(np.float16).max:
+        raise CompressionError(f"values must be at most {np.finfo(np.float16).max} with float_bits below 32, got {largest}")
+    rounded = np.asarray(values).astype("<f2")
+    if towards is not None and (float(rounded) - float(values)) * towards < 0:
+        rounded = np.nextafter(rounded, np.float16(towards))
     return rounded

@@ -57,6 +57,11 @@ class _Contexts:
         ones = np.maximum(FIRST * odds // (odds + 2**16), 1)
         self.counts = np.stack([FIRST - ones, ones], axis=1)
 
+    def fade(self):
+        """Keep the probabilities, but let them change as easily as at the start."""
+        ones = np.clip(FIRST * self.counts[:, 1] // self.counts.sum(1), 1, FIRST - 1)
+        self.counts = np.stack([FIRST - ones, ones], axis=1)
+
     def code(self, coder, contexts, bits):
         """Encode `bits`, or decode as many as there are `contexts` if None; return them (0 or 1) and count them."""
         counts = self.counts[contexts]
@@ -81,6 +86,7 @@ class ContextModel:
         self.coder = coder
         self.scores = range(-24 * OCTAVE, 24 * OCTAVE + 1, OCTAVE // 2)  # one context for each half octave of odds
         self.nonzero = _Contexts(self.scores)
+        self.distances = {}  # {number of contexts: _Contexts}
         self.sign = _Contexts([0] * 27)  # of the left, upper and upper left neighbour: -, 0 or + each
 
     def code(self, alphabet, density, symbols=None):
@@ -93,7 +99,9 @@ class ContextModel:
         n_out, n_in = alphabet.shape[0], alphabet.size // (alphabet.shape[0] * height * width)
         shape = (n_out, n_in, height * width)
         largest = max(alphabet.zero, alphabet.n_levels - 1 - alphabet.zero)
-        distance = _Contexts([0] * (2 << (largest - 1).bit_length()))  # each array has its own scale
+        n_contexts = 2 << (largest - 1).bit_length()
+        distance = self.distances.setdefault(n_contexts, _Contexts([0] * n_contexts))
+        distance.fade()  # each array has its own scale
         wanted = None if symbols is None else symbols.reshape(shape) - alphabet.zero
         values = np.zeros(shape, np.int64)
         for p in range(height * width):

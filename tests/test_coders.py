@@ -78,11 +78,11 @@ def test_real_weights(coder, ternary):
 
 # Written with constriction 0.5.0. If a library codes otherwise, old files are unreadable: raise the format's version.
 @pytest.mark.parametrize("coder, data", [
-    ("packed", "GOLDEN_packed"),
-    ("bitmask", "GOLDEN_bitmask"),
-    ("huffman", "GOLDEN_huffman"),
-    ("range", "GOLDEN_range"),
-    ("context", "GOLDEN_context"),
+    ("packed", "1595155a581268"),
+    ("bitmask", "8883179640"),
+    ("huffman", "134864dcf3f59701000000"),
+    ("range", "13486469578110"),
+    ("context", "eb00e55a0cbf00192be4"),
 ])
 def test_bytes_are_those_of_the_first_version(coder, data):
     ternary = np.array([0, 1, 1, 1, 2, 1, 1, 1, 0, 1, 1, 1, 1, 1, 2, 2, 1, 1]).reshape(2, 1, 3, 3)
@@ -175,13 +175,16 @@ def test_contexts_of_shuffled_weights_pay_nothing(ternary):
     """Where there is no structure, none can be found; and looking for it costs little."""
     rng = np.random.default_rng(0)
     shuffled = [rng.permutation(array.ravel()).reshape(array.shape) for array in ternary[0]]
-    assert 1 <= len(encode("context", shuffled, ternary[1])) / entropy_bytes(shuffled, ternary[1]) < 1.01
+    assert 1 <= len(encode("context", shuffled, ternary[1])) / entropy_bytes(shuffled, ternary[1]) < 1.02
 
 
 @pytest.mark.parametrize("n_levels, zero", [(2, 0), (2, 1), (3, 0), (3, 1), (16, 8), (17, 5)])
 def test_contexts_of_independent_symbols_cost_little(n_levels, zero):
-    array, alphabet = skewed(1, (64, 64, 3, 3), n_levels, zero)
-    assert len(encode("context", [array], [alphabet])) < 1.04 * entropy_bytes([array], [alphabet]) + 50
+    """The first array has to be learned from; after it, four more cost hardly more than their entropy."""
+    arrays, alphabets = zip(*(skewed(1, (64, 64, 3, 3), n_levels, zero) for _ in range(5)))
+    first, all_of_them = (len(encode("context", arrays[:n], alphabets[:n])) for n in (1, 5))
+    assert first < 1.07 * entropy_bytes(arrays[:1], alphabets[:1])
+    assert all_of_them - first < 1.01 * entropy_bytes(arrays[1:], alphabets[1:])
 
 
 @given(st.integers(1, 2**47))

@@ -126,10 +126,10 @@ def test_odd_tensors(images):
     for coder in container.CODERS:
         assert torch.equal(decompress(compress(net, coder))(images[:10]), net(images[:10]))
     learned = lively_net(Nbits=3, quantizer="learned")
-    for module in learned.modules():
-        if getattr(module, "quantizer", None) == "learned" and module.Nbits:
+    for module in learned.body_op.modules():
+        if isinstance(module, FP_Conv):
             module.step[0] = 1e9
-            module.step[1] = -module.step[1]
+            module.step[1] *= -1
     assert torch.equal(decompress(compress(learned))(images[:10]), learned(images[:10]))
 
 
@@ -163,8 +163,8 @@ def test_folded_steps_leave_whole_numbers(ternary):
 
 
 def test_accuracy_with_floats_of_8_bits(four_bits, cifar):
-    """Within half a point on 2,000 real images, and nearly always the same answer."""
-    x, y = cifar10.normalize(cifar.test_images[:2000]), cifar.test_labels[:2000]
+    """Within half a point on 1,000 real images, and nearly always the same answer."""
+    x, y = cifar10.normalize(cifar.test_images[:1000]), cifar.test_labels[:1000]
     answers = [net(x).argmax(1) for net in (four_bits, decompress(compress(four_bits, float_bits=8)))]
     exact, rounded = ((answer == y).float().mean().item() for answer in answers)
     assert abs(exact - rounded) <= 0.005
@@ -275,7 +275,7 @@ def test_values_beyond_float16_are_refused():
     net.final_fc.linear.bias.fill_(1e6)
     assert torch.equal(decompress(compress(net)).final_fc.linear.bias, net.final_fc.linear.bias)
     for float_bits in (16, 8):
-        with pytest.raises(CompressionError, match="values must be below 65504.* got 1000000"):
+        with pytest.raises(CompressionError, match="values must be at most 65504.* got 1000000"):
             compress(net, float_bits=float_bits)
 
 
@@ -302,35 +302,42 @@ def joined(fields, table, floats, symbols):
     return with_checksum(container.HEADER.pack(*fields[:3], *lengths) + packed + floats + symbols)
 
 
-def is_refused(data):
+def is_refused(data, traced=False):
     """Whether decompress refuses `data`; if it does not, the net must be sound. Bounded in time and memory."""
     started = time.perf_counter()
-    tracemalloc.start()
+    if traced:
+        tracemalloc.start()
     try:
         net = decompress(data)
     except CompressionError as error:
         assert str(error)
         return True
     finally:
-        peak = tracemalloc.get_traced_memory()[1]
+        peak = tracemalloc.get_traced_memory()[1]  # 0 if not traced
         tracemalloc.stop()
-        assert peak < 100e6 and time.perf_counter() - started < 20
+        assert peak < 20e6 and time.perf_counter() - started < 20
     assert net.num_layers == 8 and all(torch.isfinite(tensor).all() for tensor in net.state_dict().values())
     return False
 
 
+FILES = [(coder, bits) for coder in container.CODERS for bits in (32, 8)]
+
+
 @pytest.fixture(scope="module")
 def small():
-    """{coder: file} of a small net of symbols of all kinds."""
+    """{(coder, float_bits): file} of small nets; levels and steps with 32 bits, codes with 8, masks in all."""
     with torch.no_grad():
-        minmax, learned = lively_net(Nbits=2), lively_net(Nbits=3, quantizer="learned")
-        return {(coder, bits): compress(net, coder, bits) for coder in container.CODERS
-                for net, bits in ((minmax, 32), (learned, 32 if coder == "range" else 8))}
+        nets = {32: lively_net(Nbits=2), 8: lively_net(Nbits=3, quantizer="learned")}
+        nets[32].body_op[2].conv2 = nets[8].body_op[2].conv2
+        files = {(coder, bits): compress(nets[bits], coder, bits) for coder, bits in FILES}
+    kinds = {record.kind for data in files.values() for record, *_ in describe(data)[1]}
+    assert kinds == set(container.KINDS)
+    return files
 
 
 def test_every_truncation_and_extension_is_refused(small):
     data = small["context", 8]
-    for n in [*range(0, 60), *range(60, len(data), 97), len(data) - 1]:
+    for n in [*range(0, 40), *range(40, len(data), 499), len(data) - 1]:
         assert is_refused(data[:n])
         if n > container.START.size:
             assert is_refused(with_checksum(data[container.START.size:n]))
@@ -355,11 +362,9 @@ def test_damage_says_checksum(small):
         decompress(bytes(data))
 
 
-@pytest.mark.parametrize("key", [(c, b) for c in container.CODERS for b in (32, 8)], ids=str)
+@pytest.mark.parametrize("key", FILES, ids=str)
 def test_altered_files_with_a_valid_checksum(key, small):
     """Bits flipped, bytes cut out, put in, copied elsewhere, in every section; then the checksum made right."""
-    if key not in small:
-        pytest.skip("not made")
     fields, *sections = split(small[key])
     rng = np.random.default_rng(1)
     refused = 0
@@ -391,7 +396,7 @@ def test_header_with_any_byte(offset, small):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(num_layers=110), "must be 8, 14|tensor 8 must be"), (dict(num_layers=9), "number of layers must be 8, 14"),
+    (dict(num_layers=110), "tensor 6 must be body_op.1.conv1.0.conv.weight"), (dict(num_layers=9), "number of layers must be 8, 14"),
     (dict(num_layers=254), "number of layers must be 8, 14"), (dict(coder=200), "coder must be below"),
     (dict(float_bits=64), "bits of a float must be one of"), (dict(coder=0), "without a coder has no symbols"),
     (dict(n_table=2**16 - 1), "the file must go on for 65535 bytes"),
@@ -404,7 +409,7 @@ def test_header_fields_are_checked(change, message, small):
               for name, value in zip(names, fields)]
     with pytest.raises(CompressionError, match=message):
         decompress(joined(fields, *sections))
-    assert is_refused(joined(fields, *sections))
+    assert is_refused(joined(fields, *sections), traced=True)
 
 
 def table_with(table, name, **changes):
@@ -434,7 +439,7 @@ def test_table_entries_are_checked(name, changes, message, small):
     data = joined(fields[:3] + [None, None], table_with(table, name, **changes), floats, symbols)
     with pytest.raises(CompressionError, match=message):
         decompress(data)
-    assert is_refused(data)
+    assert is_refused(data, traced=True)
 
 
 def test_table_of_other_names_or_too_few_or_too_many(small):
@@ -492,7 +497,7 @@ def test_other_bytes_are_refused(data, message):
 def test_the_deepest_net_a_file_can_ask_for_stays_small():
     """A few bytes that announce 110 layers are refused before tensors of that net exist."""
     body = container.HEADER.pack(110, 4, 32, 8, 0) + zlib.compress(b"")
-    assert is_refused(with_checksum(body))
+    assert is_refused(with_checksum(body), traced=True)
 
 
 # ---------------------------------------------------------------- command line
