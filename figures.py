@@ -154,3 +154,24 @@ def plot_weights(weights, quantized, ax):
         ax.axvline(level, color=COLORS[2], linestyle="--", linewidth=1)
     ax.set(xlabel="weight", ylabel="number of weights", title=f"{len(levels)} levels")
     return ax
+
+
+def plot_size(methods, ax, baseline=None, limit=None):
+    """Draw accuracy in % against file size in bytes, on a log axis. methods: {label: {model: (bytes, fraction)}}; returns ax.
+
+    Each model is named once, at its place in the last method. baseline: the float model's accuracy, a fraction, drawn as a
+    dashed line; limit: a size in bytes, drawn as a dotted one.
+    """
+    for i, (label, models) in enumerate(methods.items()):
+        x, y = zip(*models.values())
+        ax.plot(x, [100 * accuracy for accuracy in y], label=label, **(style(i) | {"linestyle": "none"}))
+    for model, (size, accuracy) in models.items():
+        ax.annotate(model, (size, 100 * accuracy), (0, -9), textcoords="offset points", ha="center", fontsize=6)
+    if baseline is not None:
+        ax.axhline(100 * baseline, color="0.4", linestyle="--", linewidth=1, label="float")
+    if limit is not None:
+        ax.axvline(limit, color="0.4", linestyle=":", linewidth=1, label=f"{limit:,.0f} bytes")
+    ax.set(xscale="log", xlabel="size of the file (bytes)", ylabel="test accuracy (%)")
+    ax.margins(y=0.15)
+    ax.legend(fontsize=7)
+    return ax

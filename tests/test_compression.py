@@ -1,0 +1,552 @@
+"""Files of nets: the same logits to the last bit, bytes that add up, and no way to harm the reader."""
+
+import copy
+import math
+import pickle
+import struct
+import time
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import cifar10
+import compression
+import container
+import experiments
+from coders import ByteReader
+from compression import METHODS, CompressionError, compress, decompress, describe, entropy_bound, sizes
+from FP_layers import FP_Conv, FP_Linear
+from resnet20 import ResNetCIFAR
+from train_utils import load_weights
+
+CONV = "body_op.0.conv1.0.conv.weight"
+
+# checkpoint, Nbits, symmetric, quantizer
+SHIPPED = [
+    ("pretrain", None, False, "minmax"),
+    ("lab2e_global", None, False, "minmax"),
+    *(("lab2e_global", n, symmetric, "minmax") for n in (2, 3, 4) for symmetric in (False, True)),
+    *(("lab3c_4bit", n, False, "minmax") for n in (2, 3, 4)),
+    ("lab2e_global", 2, True, "learned"),
+    ("lab3c_4bit", 4, False, "learned"),
+]
+
+
+def shipped_net(name, Nbits=None, symmetric=False, quantizer="minmax"):
+    """The shipped float weights of a run behind any quantizer; a learned step is the one it would start from."""
+    net = load_weights(ResNetCIFAR(), experiments.weights_path(name))
+    quantized = ResNetCIFAR(Nbits=Nbits, symmetric=symmetric, quantizer=quantizer)
+    quantized.load_state_dict(net.state_dict(), strict=False)
+    for module in quantized.modules():
+        if isinstance(module, (FP_Conv, FP_Linear)):
+            module.reset_step()
+    return quantized.eval()
+
+
+def lively_net(num_layers=8, seed=0, **quantizer):
+    """A small net with random weights, half of them zero, and BatchNorms that are not their defaults."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = ResNetCIFAR(num_layers, **quantizer)
+        for name, tensor in net.state_dict().items():
+            if name.endswith("conv.weight"):
+                tensor.mul_(torch.rand_like(tensor) > 0.5)
+            elif tensor.is_floating_point() and tensor.dim() == 1:
+                tensor.uniform_(0.5, 1.5)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def ternary():
+    return shipped_net("lab2e_global", 2, True, "learned")
+
+
+@pytest.fixture(scope="module")
+def four_bits():
+    return shipped_net("lab3c_4bit", 4)
+
+
+@pytest.fixture(scope="module")
+def images(cifar):
+    return cifar10.normalize(cifar.test_images[:100])
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def quantized_weights(net):
+    return {name: m.quantized_weight() for name, m in net.named_modules() if isinstance(m, (FP_Conv, FP_Linear))}
+
+
+# ---------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize("case", SHIPPED, ids=lambda case: "-".join(map(str, case)))
+def test_logits_of_shipped_nets_are_the_same_bits(case, images):
+    net = shipped_net(*case)
+    restored = decompress(compress(net))
+    assert not restored.training and restored.Nbits is None
+    assert all(torch.equal(a, b) for a, b in zip(quantized_weights(net).values(), quantized_weights(restored).values()))
+    assert torch.equal(restored(images), net(images))
+
+
+@pytest.mark.parametrize("coder", container.CODERS)
+def test_logits_are_the_same_bits_with_every_coder(coder, four_bits, ternary, images):
+    for net in (four_bits, ternary):
+        assert torch.equal(decompress(compress(net, coder))(images), net(images))
+
+
+@pytest.mark.parametrize("num_layers, quantizer", [
+    (8, {}), (14, {"Nbits": 1}), (8, {"Nbits": 0}), (8, {"Nbits": 8}), (8, {"Nbits": 16}),
+    (8, {"Nbits": 8, "quantizer": "learned"}), (8, {"Nbits": 5, "symmetric": True}),
+])
+def test_other_depths_and_widths(num_layers, quantizer, images):
+    net = lively_net(num_layers, **quantizer)
+    assert torch.equal(decompress(compress(net))(images[:10]), net(images[:10]))
+
+
+def test_odd_tensors(images):
+    """All zeros, one value, one non-zero, negative scales, a step that no weight reaches."""
+    net = lively_net(Nbits=3)
+    net.body_op[0].conv1[0].conv.weight.zero_()
+    net.body_op[0].conv2[0].conv.weight.fill_(-0.25)
+    net.body_op[1].conv1[0].conv.weight.zero_()[3, 2, 1, 1] = 1
+    net.body_op[1].conv1[1].weight.neg_()
+    net.head_conv[0].conv.weight.zero_()
+    net.final_fc.linear.weight.fill_(-0.0)
+    for coder in container.CODERS:
+        assert torch.equal(decompress(compress(net, coder))(images[:10]), net(images[:10]))
+    learned = lively_net(Nbits=3, quantizer="learned")
+    for module in learned.body_op.modules():
+        if isinstance(module, FP_Conv):
+            module.step[0] = 1e9
+            module.step[1] *= -1
+    assert torch.equal(decompress(compress(learned))(images[:10]), learned(images[:10]))
+
+
+def test_a_file_is_the_same_when_packed_again(four_bits):
+    """decompress gives exactly what the file holds: its net makes the same file, quantizers or not."""
+    data = compress(four_bits)
+    assert compress(decompress(data)) == data
+
+
+def test_the_net_is_left_alone(ternary):
+    net = copy.deepcopy(ternary).train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    compress(net, float_bits=8)
+    assert net.training and all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+# ---------------------------------------------------------------- fewer bits for floats
+
+
+@pytest.mark.parametrize("float_bits, tolerance", [(16, 0.05), (8, 0.7), (6, 2.5)])
+def test_rounded_floats_change_logits_little(float_bits, tolerance, four_bits, ternary, images):
+    for net in (four_bits, ternary):
+        difference = (decompress(compress(net, float_bits=float_bits))(images) - net(images)).abs().max()
+        assert 0 < difference < tolerance
+
+
+def test_folded_steps_leave_whole_numbers(ternary):
+    restored = decompress(compress(ternary, float_bits=16))
+    for block in restored.body_op:
+        assert set(block.conv1[0].conv.weight.unique().tolist()) == {-1, 0, 1}
+
+
+def test_accuracy_with_floats_of_8_bits(four_bits, cifar):
+    """Within half a point on 1,000 real images, and nearly always the same answer."""
+    x, y = cifar10.normalize(cifar.test_images[:1000]), cifar.test_labels[:1000]
+    answers = [net(x).argmax(1) for net in (four_bits, decompress(compress(four_bits, float_bits=8)))]
+    exact, rounded = ((answer == y).float().mean().item() for answer in answers)
+    assert abs(exact - rounded) <= 0.005
+    assert (answers[0] == answers[1]).float().mean() > 0.98
+
+
+finite_rows = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=6),
+                         elements=st.floats(-1000, 1000, width=32))
+
+
+@settings(deadline=None)
+@given(finite_rows, st.sampled_from(container.FLOAT_BITS))
+def test_floats_are_near(values, bits):
+    data = container.encode_floats(values, bits)
+    reader = ByteReader(data, "floats")
+    read = container.decode_floats(reader, values.shape, bits)
+    reader.end()
+    if bits == 32:
+        assert np.array_equal(read, values)
+    elif bits == 16:
+        assert np.array_equal(read, values.astype(np.float16).astype(np.float32))
+    elif values.size:
+        low, high = values.min(1, keepdims=True), values.max(1, keepdims=True)
+        ulp = np.spacing(np.maximum(abs(low), abs(high)).astype(np.float16)).astype(np.float32)
+        half_a_step = (high - low + ulp) / (2**bits - 1) * 1.001 / 2 + 2e-7
+        assert (abs(read - values) <= half_a_step + 1e-6 * abs(values)).all()
+        rows, columns = values.shape
+        assert len(data) == rows * (4 + math.ceil(columns * bits / 8))
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_sizes_are_those_of_files_and_in_order(ternary, four_bits):
+    for net in (ternary, four_bits):
+        measured = sizes(net)
+        assert measured == {method: len(compress(net, *options)) for method, options in METHODS.items()}
+        assert 4 * 272_474 < measured["float32"] < 4 * 272_474 + 400
+        assert 2 * 272_474 < measured["float16"] < 2 * 272_474 + 400
+        order = ["float32", "float16", "fixed width", "Huffman", "range", "context", "context, float16",
+                 "context, 8-bit floats"]
+        assert sorted(order, key=measured.get, reverse=True) == order
+
+
+def test_entropy_bounds_the_coders_that_know_histograms(ternary, four_bits):
+    for net in (ternary, four_bits, shipped_net("pretrain")):
+        bound, measured = entropy_bound(net), sizes(net)
+        assert bound < measured["range"] < 1.01 * bound + 500
+        assert bound < measured["Huffman"]
+
+
+def test_entropy_bound_is_counted_from_the_weights(four_bits):
+    """The same from nothing but the net's tensors."""
+    bits = 0
+    for name, weight in quantized_weights(four_bits).items():
+        if name.startswith("body_op"):
+            levels, counts = weight.unique(return_counts=True)
+            bits += 32 * len(levels) + float((counts * (counts.sum() / counts).log2()).sum())
+        else:
+            bits += 32 * weight.numel()
+    floats = 10 + sum(2 * m.num_features for m in four_bits.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert entropy_bound(four_bits) == pytest.approx(bits / 8 + 4 * floats, abs=1)
+
+
+@pytest.mark.parametrize("coder", container.CODERS)
+def test_every_byte_is_accounted_for(coder, ternary):
+    data = compress(ternary, coder, 16)
+    sections, rows = describe(data)
+    assert sum(sections.values()) == len(data)
+    assert sum(row[2] for row in rows) == sections["floats"] and sum(row[3] for row in rows) == sections["symbols"]
+    assert sum(math.prod(record.shape) for record, *_ in rows) == 272_474
+    zeros = {name: (weight == 0).float().mean().item() for name, weight in quantized_weights(ternary).items()}
+    assert all(fraction == pytest.approx(zeros[record.name.rsplit(".", 2)[0]]) for record, fraction, *_ in rows
+               if record.name.endswith("conv.weight"))
+
+
+# ---------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize("argument, value", [
+    ("coder", "zip"), ("coder", None), ("float_bits", 33), ("float_bits", True), ("float_bits", "16"), ("float_bits", 0),
+])
+def test_arguments_out_of_range_are_named(argument, value):
+    with pytest.raises(ValueError, match=f"{argument} must be one of") as caught:
+        compress(lively_net(), **{argument: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_only_this_family_of_nets():
+    with pytest.raises(TypeError, match="net must be a ResNetCIFAR, got Linear"):
+        compress(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="at most 110 layers, got 116"):
+        compress(ResNetCIFAR(116))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("final_fc.linear.bias", math.nan), (CONV, math.inf), ("body_op.1.conv2.1.running_var", -1.0),
+])
+def test_a_net_that_is_not_finite_is_refused(name, value):
+    net = lively_net(Nbits=4)
+    net.state_dict()[name].fill_(value)
+    with pytest.raises(CompressionError, match="net must be finite"):
+        compress(net)
+
+
+def test_values_beyond_float16_are_refused():
+    net = lively_net()
+    net.final_fc.linear.bias.fill_(1e6)
+    assert torch.equal(decompress(compress(net)).final_fc.linear.bias, net.final_fc.linear.bias)
+    for float_bits in (16, 8):
+        with pytest.raises(CompressionError, match="values must be at most 65504.* got 1000000"):
+            compress(net, float_bits=float_bits)
+
+
+# ---------------------------------------------------------------- damaged and hostile files
+
+
+def with_checksum(body, version=container.VERSION, magic=container.MAGIC):
+    return container.START.pack(magic, version, zlib.crc32(body)) + body
+
+
+def split(data):
+    """Return [header fields], table (unpacked), floats, symbols of a file."""
+    at = container.START.size + container.HEADER.size
+    fields = list(container.HEADER.unpack(data[container.START.size:at]))
+    table, floats = fields[3], fields[4]
+    end = at + table + floats
+    return fields, zlib.decompress(data[at:at + table]), data[at + table:end], data[end:]
+
+
+def joined(fields, table, floats, symbols):
+    """The opposite of split, with a valid checksum; lengths are right unless `fields` says otherwise."""
+    packed = zlib.compress(table)
+    lengths = [n if said is None else said for n, said in zip((len(packed), len(floats)), fields[3:])]
+    return with_checksum(container.HEADER.pack(*fields[:3], *lengths) + packed + floats + symbols)
+
+
+def is_refused(data, traced=False):
+    """Whether decompress refuses `data`; if it does not, the net must be sound. Bounded in time and memory."""
+    started = time.perf_counter()
+    if traced:
+        tracemalloc.start()
+    try:
+        net = decompress(data)
+    except CompressionError as error:
+        assert str(error)
+        return True
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]  # 0 if not traced
+        tracemalloc.stop()
+        assert peak < 20e6 and time.perf_counter() - started < 20
+    assert net.num_layers == 8 and all(torch.isfinite(tensor).all() for tensor in net.state_dict().values())
+    return False
+
+
+FILES = [(coder, bits) for coder in container.CODERS for bits in (32, 8)]
+
+
+@pytest.fixture(scope="module")
+def small():
+    """{(coder, float_bits): file} of small nets; levels and steps with 32 bits, codes with 8, masks in all."""
+    with torch.no_grad():
+        nets = {32: lively_net(Nbits=2), 8: lively_net(Nbits=3, quantizer="learned")}
+        nets[32].body_op[2].conv2 = nets[8].body_op[2].conv2
+        files = {(coder, bits): compress(nets[bits], coder, bits) for coder, bits in FILES}
+    kinds = {record.kind for data in files.values() for record, *_ in describe(data)[1]}
+    assert kinds == set(container.KINDS)
+    return files
+
+
+def test_every_truncation_and_extension_is_refused(small):
+    data = small["context", 8]
+    for n in [*range(0, 40), *range(40, len(data), 499), len(data) - 1]:
+        assert is_refused(data[:n])
+        if n > container.START.size:
+            assert is_refused(with_checksum(data[container.START.size:n]))
+    for more in (b"\0", b"\0\0\0\0", b"PK"):
+        assert is_refused(data + more)
+        assert is_refused(with_checksum(data[container.START.size:] + more))
+
+
+def test_every_flipped_bit_is_noticed(small):
+    data = small["context", 8]
+    rng = np.random.default_rng(0)
+    for position in [*range(30), *rng.integers(0, len(data), 200)]:
+        altered = bytearray(data)
+        altered[position] ^= 1 << rng.integers(0, 8)
+        assert is_refused(bytes(altered))
+
+
+def test_damage_says_checksum(small):
+    data = bytearray(small["range", 32])
+    data[-1] ^= 1
+    with pytest.raises(CompressionError, match="damaged: its checksum"):
+        decompress(bytes(data))
+
+
+@pytest.mark.parametrize("key", FILES, ids=str)
+def test_altered_files_with_a_valid_checksum(key, small):
+    """Bits flipped, bytes cut out, put in, copied elsewhere, in every section; then the checksum made right."""
+    fields, *sections = split(small[key])
+    rng = np.random.default_rng(1)
+    refused = 0
+    for _ in range(40):
+        altered, lengths = [bytearray(s) for s in sections], [None, None]
+        section = altered[rng.choice([i for i in range(3) if altered[i]])]
+        a, b = sorted(rng.integers(0, len(section) + 1, 2))
+        kind = rng.integers(0, 5)
+        if kind == 0:
+            section[min(a, len(section) - 1)] ^= 1 << rng.integers(0, 8)
+        elif kind == 1:
+            del section[a:min(b, a + 8)]
+        elif kind == 2:
+            section[a:a] = rng.bytes(rng.integers(1, 9))
+        elif kind == 3:
+            section[a:a] = section[b:b + 16]
+        else:
+            section[a:a + 4] = struct.pack("<I", rng.choice([0, 1, 2**16 - 1, 2**31, 2**32 - 1]))[:len(section) - a]
+        refused += is_refused(joined(fields[:3] + lengths, *altered))
+    assert refused >= 10
+
+
+@pytest.mark.parametrize("offset", range(container.HEADER.size))
+def test_header_with_any_byte(offset, small):
+    data = small["context", 8][container.START.size:]
+    for value in (0, 1, 7, 14, 16, 110, 127, 128, 254, 255):
+        if value != data[offset]:
+            assert is_refused(with_checksum(data[:offset] + bytes([value]) + data[offset + 1:]))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(num_layers=110), "tensor 6 must be body_op.1.conv1.0.conv.weight"), (dict(num_layers=9), "number of layers must be 8, 14"),
+    (dict(num_layers=254), "number of layers must be 8, 14"), (dict(coder=200), "coder must be below"),
+    (dict(float_bits=64), "bits of a float must be one of"), (dict(coder=0), "without a coder has no symbols"),
+    (dict(n_table=2**16 - 1), "the file must go on for 65535 bytes"),
+    (dict(n_floats=2**32 - 1), "the file must go on for 4294967295 bytes"),
+])
+def test_header_fields_are_checked(change, message, small):
+    fields, *sections = split(small["range", 32])
+    names = ["num_layers", "coder", "float_bits", "n_table", "n_floats"]
+    fields = [change.get(name, None if name.startswith("n_") and name != "num_layers" else value)
+              for name, value in zip(names, fields)]
+    with pytest.raises(CompressionError, match=message):
+        decompress(joined(fields, *sections))
+    assert is_refused(joined(fields, *sections), traced=True)
+
+
+def table_with(table, name, **changes):
+    """The table with fields of the record `name` changed."""
+    at = table.index(bytes([len(name)]) + name.encode()) + 1 + len(name)
+    kind, n_dims, n_levels, zero = container.RECORD.unpack(table[at:at + container.RECORD.size])
+    fields = {"kind": kind, "n_dims": n_dims, "n_levels": n_levels, "zero": zero} | changes
+    shape = fields.pop("shape", None)
+    end = at + container.RECORD.size
+    tail = table[end:] if shape is None else struct.pack(f"<{n_dims}H", *shape) + table[end + 2 * n_dims:]
+    return table[:at] + container.RECORD.pack(*fields.values()) + tail
+
+
+@pytest.mark.parametrize("name, changes, message", [
+    (CONV, dict(kind=77), "the kind of .* must be below"),
+    (CONV, dict(n_levels=65535), "cannot be of kind"), (CONV, dict(n_levels=0), "cannot be of kind"),
+    (CONV, dict(zero=60000), "cannot be of kind"), (CONV, dict(kind=1), "cannot be of kind masked"),
+    (CONV, dict(kind=0), "cannot be of kind float"),
+    (CONV, dict(n_dims=255), "must go on|must be body_op"), (CONV, dict(n_dims=3), "must be body_op"),
+    (CONV, dict(shape=(65535, 65535, 65535, 65535)), "must be body_op.0.conv1.0.conv.weight .16, 16, 3, 3., got"),
+    (CONV, dict(shape=(16, 16, 1, 9)), "must be body_op.0.conv1.0.conv.weight"),
+    ("head_conv.1", dict(kind=2, n_levels=3), "head_conv.1 cannot be of kind levels"),
+    ("final_fc.linear.bias", dict(kind=4, n_levels=3), "bias cannot be of kind codes"),
+])
+def test_table_entries_are_checked(name, changes, message, small):
+    fields, table, floats, symbols = split(small["range", 32])
+    data = joined(fields[:3] + [None, None], table_with(table, name, **changes), floats, symbols)
+    with pytest.raises(CompressionError, match=message):
+        decompress(data)
+    assert is_refused(data, traced=True)
+
+
+def test_table_of_other_names_or_too_few_or_too_many(small):
+    fields, table, floats, symbols = split(small["range", 32])
+    renamed = table.replace(b"head_conv.1", b"head_conv.2")
+    for altered in (renamed, table[:-1], table[:40], b"", table + b"\0", table + table):
+        assert is_refused(joined(fields[:3] + [None, None], altered, floats, symbols))
+
+
+def test_a_table_that_unpacks_to_a_hundred_megabytes(small):
+    fields, table, floats, symbols = split(small["range", 32])
+    bomb = zlib.compress(bytes(60_000_000), 9)
+    assert len(bomb) < 2**16
+    data = with_checksum(container.HEADER.pack(*fields[:3], len(bomb), len(floats)) + bomb + floats + symbols)
+    tracemalloc.start()
+    with pytest.raises(CompressionError, match="at most 65536 bytes unpacked"):
+        decompress(data)
+    assert tracemalloc.get_traced_memory()[1] < 2e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", [("range", 32), ("context", 8)], ids=str)
+def test_floats_that_are_not_finite_are_refused(key, value, small):
+    fields, table, floats, symbols = split(small[key])
+    size = 4 if key[1] == 32 else 2
+    not_finite = struct.pack("<f" if size == 4 else "<e", value)
+    for at in (0, size):  # in a grid of 8 bits the first is the minimum, the second the step
+        altered = floats[:at] + not_finite + floats[at + size:]
+        with pytest.raises(CompressionError, match="the floats must be finite"):
+            decompress(joined(fields[:3] + [None, None], table, altered, symbols))
+
+
+def test_steps_that_overflow_are_refused():
+    net = lively_net(Nbits=3, quantizer="learned")
+    data = compress(net, "packed")
+    fields, table, floats, symbols = split(data)
+    step = net.body_op[0].conv1[0].step.numpy().astype("<f4").tobytes()
+    altered = floats.replace(step, np.full(16, 3e38, "<f4").tobytes())
+    assert altered != floats
+    with pytest.raises(CompressionError, match="body_op.0.conv1.0.conv.weight must be finite"):
+        decompress(joined(fields[:3] + [None, None], table, altered, symbols))
+
+
+@pytest.mark.parametrize("data, message", [
+    (b"", "must go on"), (b"RNPQ", "must go on"), (b"PK\x03\x04" + bytes(100), "must start with b'RNPQ'"),
+    (pickle.dumps({"weights": list(range(100))}), "must start with"), (bytes(1000), "must start with"),
+    (with_checksum(b"", version=2), "version must be 1, got 2"), (with_checksum(b""), "must go on"),
+])
+def test_other_bytes_are_refused(data, message):
+    with pytest.raises(CompressionError, match=message):
+        decompress(data)
+
+
+def test_the_deepest_net_a_file_can_ask_for_stays_small():
+    """A few bytes that announce 110 layers are refused before tensors of that net exist."""
+    body = container.HEADER.pack(110, 4, 32, 8, 0) + zlib.compress(b"")
+    assert is_refused(with_checksum(body), traced=True)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def run(capsys, *arguments):
+    status = compression.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_pack_info_unpack(tmp_path, capsys, images, four_bits):
+    file, checkpoint = tmp_path / "net.rnpq", tmp_path / "net.pt"
+    status, out, _ = run(capsys, "pack", "lab3c_4bit", file)
+    assert status == 0 and f"{file.stat().st_size:,} bytes" in out
+    assert file.read_bytes() == compress(four_bits)
+
+    status, out, _ = run(capsys, "info", file)
+    assert status == 0 and f"= {file.stat().st_size:,} bytes" in out
+    assert all(record.name in out for record, *_ in describe(file.read_bytes())[1])
+
+    assert run(capsys, "unpack", file, checkpoint)[0] == 0
+    net = load_weights(ResNetCIFAR(), checkpoint).eval()
+    assert torch.equal(net(images), four_bits(images))
+
+
+def test_pack_by_path_with_options(tmp_path, capsys):
+    for checkpoint in (experiments.weights_path("pretrain"), experiments.weights_path("lab2e_global")):
+        status, _, _ = run(capsys, "pack", checkpoint, tmp_path / "a", "--coder", "huffman", "--float-bits", 16)
+        name = "pretrain" if "pretrained" in checkpoint.name else checkpoint.stem
+        assert status == 0 and (tmp_path / "a").read_bytes() == compress(shipped_net(name), "huffman", 16)
+
+
+@pytest.mark.parametrize("checkpoint, message", [
+    ("lab3c_5bits", "must be one of pretrain, lab2c_oneshot"), ("nothing/lab9.pt", "must be one of pretrain"),
+    ("nothing/lab3c_4bit.pt", "no checkpoint at"),
+])
+def test_pack_names_what_is_allowed(checkpoint, message, tmp_path, capsys):
+    status, out, err = run(capsys, "pack", checkpoint, tmp_path / "out")
+    assert status == 1 and message in err and not out and not list(tmp_path.iterdir())
+
+
+def test_bad_files_are_errors_and_nothing_is_written(tmp_path, capsys):
+    (tmp_path / "bad").write_bytes(b"RNPQ" + bytes(50))
+    (tmp_path / "out.pt").write_bytes(b"was here")
+    for command in (["info", "bad"], ["unpack", "bad", "out.pt"], ["info", "none"]):
+        status, out, err = run(capsys, command[0], *(tmp_path / name for name in command[1:]))
+        assert status == 1 and err.startswith("error: ") and not out
+    assert (tmp_path / "out.pt").read_bytes() == b"was here"
+    (tmp_path / "folder").mkdir()
+    assert run(capsys, "pack", "pretrain", tmp_path / "folder")[0] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "folder", "out.pt"]
