@@ -257,7 +257,8 @@ def _float16(values, towards=None):
     """Return values as float16: the nearest or, with towards=inf or -inf, the nearest on that side."""
     largest = np.abs(values).max(initial=0)
     if largest > np.finfo(np.float16).max:
-        raise CompressionError(f"values must be at most {np.finfo(np.float16).max} with float_bits below 32, got {largest}")
+        raise CompressionError(f"values must be at most {np.finfo(np.float16).max} with float_bits below 32, "
+                               f"got {largest}")
     rounded = np.asarray(values).astype("<f2")
     if towards is not None and (float(rounded) - float(values)) * towards < 0:
         rounded = np.nextafter(rounded, np.float16(towards))

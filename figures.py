@@ -157,10 +157,11 @@ def plot_weights(weights, quantized, ax):
 
 
 def plot_size(methods, ax, baseline=None, limit=None):
-    """Draw accuracy in % against file size in bytes, on a log axis. methods: {label: {model: (bytes, fraction)}}; returns ax.
+    """Draw accuracy in % against file size in bytes, on a log axis; returns ax.
 
-    Each model is named once, at its place in the last method. baseline: the float model's accuracy, a fraction, drawn as a
-    dashed line; limit: a size in bytes, drawn as a dotted one.
+    methods: {label: {model: (bytes, fraction)}}; each model is named once, at its place in the last method.
+    baseline: the float model's accuracy, a fraction, drawn as a dashed line; limit: a size in bytes, drawn as a
+    dotted one.
     """
     for i, (label, models) in enumerate(methods.items()):
         x, y = zip(*models.values())

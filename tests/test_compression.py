@@ -245,7 +245,8 @@ def test_every_byte_is_accounted_for(coder, ternary):
 
 
 @pytest.mark.parametrize("argument, value", [
-    ("coder", "zip"), ("coder", None), ("float_bits", 33), ("float_bits", True), ("float_bits", "16"), ("float_bits", 0),
+    ("coder", "zip"), ("coder", None), ("float_bits", 33), ("float_bits", True), ("float_bits", "16"),
+    ("float_bits", 0),
 ])
 def test_arguments_out_of_range_are_named(argument, value):
     with pytest.raises(ValueError, match=f"{argument} must be one of") as caught:
@@ -396,7 +397,8 @@ def test_header_with_any_byte(offset, small):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(num_layers=110), "tensor 6 must be body_op.1.conv1.0.conv.weight"), (dict(num_layers=9), "number of layers must be 8, 14"),
+    (dict(num_layers=110), "tensor 6 must be body_op.1.conv1.0.conv.weight"),
+    (dict(num_layers=9), "number of layers must be 8, 14"),
     (dict(num_layers=254), "number of layers must be 8, 14"), (dict(coder=200), "coder must be below"),
     (dict(float_bits=64), "bits of a float must be one of"), (dict(coder=0), "without a coder has no symbols"),
     (dict(n_table=2**16 - 1), "the file must go on for 65535 bytes"),

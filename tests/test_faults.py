@@ -33,7 +33,8 @@ def after(small_cifar):
     """The state of make_net() after 1, 2 and 3 epochs without any fault."""
     states = []
     net = make_net()
-    fit(net, epochs=3, data=small_cifar, before_epoch=lambda *_: states.append(copy.deepcopy(net.state_dict())), **RECIPE)
+    fit(net, epochs=3, data=small_cifar, **RECIPE,
+        before_epoch=lambda *_: states.append(copy.deepcopy(net.state_dict())))
     return [*states, net.state_dict()]
 
 
@@ -77,7 +78,7 @@ def test_after_ctrl_c_training_goes_on_to_the_same_bits(small_cifar, after, tmp_
     assert same(net.state_dict(), after[3])
 
 
-def test_an_epoch_that_was_whole_before_its_state_could_not_be_written_is_kept(small_cifar, after, monkeypatch, tmp_path):
+def test_a_whole_epoch_is_kept_when_its_state_cannot_be_written(small_cifar, after, monkeypatch, tmp_path):
     net = make_net()
 
     def interrupted(*arguments):
