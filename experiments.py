@@ -368,7 +368,7 @@ def main(arguments=None):
     run.add_argument("--force", action="store_true", help="train again what is trained already")
     run.add_argument("--into", type=Path, default=SHIPPED, metavar="FOLDER",
                      help="where weights and records go, and parents are looked for first (default: checkpoints)")
-    run.add_argument("--seeds", type=int, default=1, metavar="N", help="train each with N seeds: NAME, NAME@1, ...")
+    run.add_argument("--seeds", type=_seeds, default=1, metavar="N", help="train each with N seeds: NAME, NAME@1, ...")
     options = parser.parse_args(arguments)
     try:
         if options.command == "list":
@@ -376,10 +376,13 @@ def main(arguments=None):
                 record = read_record(name)
                 result = f"{100 * record['test_accuracy']:6.2f} %" if record else "not trained"
                 print(f"{name:24} {result:12} {run.question}")
+            sys.stdout.flush()
         else:
             names = list(RUNS) if options.names == ["all"] else options.names
             seeds = ["", *(f"@{seed}" for seed in range(1, options.seeds))]
             _run_command([get(name + seed).name for seed in seeds for name in names], options.into, options.force)
+    except BrokenPipeError:  # a reader such as head has what it wanted; nothing is left for the exit to write
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -387,6 +390,12 @@ def main(arguments=None):
         print("interrupted; the same command goes on after the last whole epoch", file=sys.stderr)
         return 130
     return 0
+
+
+def _seeds(text):
+    if not (text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
 
 
 def _run_command(names, folder, force):

@@ -5,6 +5,7 @@ import inspect
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
+from matplotlib import ticker
 
 SIZE = (5, 3)  # inches
 DPI = 150  # pixels an inch, enough for print
@@ -77,11 +78,16 @@ def plot_elements(trajectory, ax, title=None):
 # ---------------------------------------------------------------- true/false
 
 
-def plot_curves(curves, ax, xlabel, ylabel):
-    """Draw anything against anything. curves: {label: {x: y}}, at most five; returns ax."""
+def plot_curves(curves, ax, xlabel, ylabel, baseline=None):
+    """Draw anything against anything. curves: {label: {x: y}}, at most five; returns ax.
+
+    baseline: the y of the float model, drawn as a dashed line.
+    """
     for i, (label, points) in enumerate(curves.items()):
         x = sorted(points)
         ax.plot(x, [points[k] for k in x], label=label, **style(i))
+    if baseline is not None:
+        ax.axhline(baseline, color="0.4", linestyle="--", linewidth=1, label="float")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(fontsize=8, handlelength=3)
     return ax
@@ -111,11 +117,8 @@ def plot_accuracy(curves, ax, xlabel, baseline=None):
     baseline: the float model's accuracy, a fraction, drawn as a dashed line.
     """
     percentages = {label: {x: 100 * y for x, y in points.items()} for label, points in curves.items()}
-    plot_curves(percentages, ax, xlabel, "accuracy (%)")
+    plot_curves(percentages, ax, xlabel, "accuracy (%)", None if baseline is None else 100 * baseline)
     ax.locator_params(axis="x", integer=True)
-    if baseline is not None:
-        ax.axhline(100 * baseline, color="0.4", linestyle="--", linewidth=1, label="float")
-        ax.legend(fontsize=8, handlelength=3)
     return ax
 
 
@@ -173,6 +176,9 @@ def plot_size(methods, ax, baseline=None, limit=None):
     if limit is not None:
         ax.axvline(limit, color="0.4", linestyle=":", linewidth=1, label=f"{limit:,.0f} bytes")
     ax.set(xscale="log", xlabel="size of the file (bytes)", ylabel="test accuracy (%)")
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 4)))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     ax.margins(y=0.15)
     ax.legend(fontsize=7)
     return ax

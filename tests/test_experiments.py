@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 import experiments
 import train_utils
+from conftest import REPOSITORY
 from pruning import layer_sparsity, sparsity
 from train_utils import load_weights
 
@@ -350,6 +353,23 @@ def test_run_all_with_seeds_trains_each_chain_in_order(lab, trained_once, monkey
     assert lab.main(["run", "all", "--seeds", "2"]) == 0
     assert trained == ["iterative", "quantized", "pretrain@1", "iterative@1", "quantized@1"]
     assert "at most about" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seeds", ["0", "-1", "1.5", "two"])
+def test_seeds_out_of_range_are_refused_before_any_training(lab, monkeypatch, capsys, seeds):
+    monkeypatch.setattr(lab, "train_run", None)
+    with pytest.raises(SystemExit):
+        lab.main(["run", "all", "--seeds", seeds])
+    assert f"--seeds: must be an integer >= 1, got '{seeds}'" in capsys.readouterr().err
+
+
+def test_a_reader_that_closes_the_list_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run([sys.executable, "experiments.py", "list"], cwd=REPOSITORY, stdout=write,
+                             stderr=subprocess.PIPE)
+    os.close(write)
+    assert process.stderr == b"" and process.returncode == 0
 
 
 def test_a_run_on_held_out_images_never_sees_the_test_set(lab, monkeypatch):

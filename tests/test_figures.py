@@ -35,3 +35,11 @@ def test_a_group_has_crosses_exactly_where_it_is_zero(ax):
     (image,), (crosses,) = ax.get_images(), ax.collections
     assert np.array_equal(image.get_array(), np.abs(W)) and image.get_clim() == (0, 4)
     assert {(row, column) for column, row in crosses.get_offsets()} == {(0, 0), (1, 1), (1, 2)}
+
+
+def test_sizes_stand_at_their_bytes_and_each_model_is_named_once(ax):
+    figures.plot_size({"range": {"a": (3000, 0.5), "b": (9000, 0.9)}, "context": {"a": (2000, 0.5)}}, ax, 0.95, 2500)
+    first, second, baseline, limit = ax.get_lines()
+    assert first.get_xydata().tolist() == [[3000, 50], [9000, 90]] and second.get_xydata().tolist() == [[2000, 50]]
+    assert set(baseline.get_ydata()) == {95} and set(limit.get_xdata()) == {2500}
+    assert [text.get_text() for text in ax.texts] == ["a"] and ax.get_xscale() == "log"
