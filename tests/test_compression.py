@@ -171,6 +171,16 @@ def test_accuracy_with_floats_of_8_bits(four_bits, cifar):
     assert (answers[0] == answers[1]).float().mean() > 0.98
 
 
+@pytest.mark.parametrize("name", ["lab3d_3bit"])
+def test_a_shipped_file_holds_its_run(name, cifar):
+    """With floats of 8 bits: its zeros are the run's, and on 1,000 real images it nearly always answers the same."""
+    shipped = decompress((experiments.SHIPPED / f"{name}.rnpq").read_bytes())
+    net, x = compression.load_run(name).eval(), cifar10.normalize(cifar.test_images[:1000])
+    zeros = [[weight == 0 for layer, weight in quantized_weights(n).items() if "body" in layer] for n in (net, shipped)]
+    assert all(torch.equal(*pair) for pair in zip(*zeros))
+    assert (net(x).argmax(1) == shipped(x).argmax(1)).float().mean() > 0.98
+
+
 finite_rows = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=6),
                          elements=st.floats(-1000, 1000, width=32))
 
