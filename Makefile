@@ -49,7 +49,7 @@ train: environment data
 	$(TRAIN_ENV) $(BIN)/python experiments.py run $(RUN) --into build/trained
 
 bench: environment data
-	$(TRAIN_ENV) $(BIN)/python -m benchmarks.throughput
+	$(TRAIN_ENV) $(BIN)/python -m benchmarks.throughput --write README.md
 
 clean:
 	rm -rf build report.pdf checkpoints/*.part .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__

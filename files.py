@@ -44,3 +44,17 @@ def check_writable(path):
             pass
     except OSError as error:
         raise OSError(error.errno, f"cannot write {path} ({error.strerror or error})") from error
+
+
+def replace_section(path, begin, end, text):
+    """Replace what stands between the marker lines `begin` and `end` of the text file at `path` by `text`.
+
+    Raises ValueError if the lines are not there; the file is unchanged then.
+    """
+    path = Path(path)
+    before, _, rest = path.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{path} must hold the lines {begin!r} and {end!r}")
+    with atomic_write(path) as file:
+        file.write(f"{before}{begin}\n\n{text}\n\n{end}{after}".encode())

@@ -3,10 +3,9 @@
 import argparse
 import statistics
 import sys
-from pathlib import Path
 
 from experiments import REFERENCE, RUNS, SHIPPED, get, read_record
-from files import atomic_write
+from files import replace_section
 
 HEADER = ["Question", "Reference (%)", "As assigned, best epoch (%)", "As assigned, last epoch (%)",
           "Improved, last epoch (%)"]
@@ -71,15 +70,8 @@ def write(path):
 
     Raises ValueError if the lines are not there; the file is unchanged then.
     """
-    path = Path(path)
-    before, _, rest = path.read_text().partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not end:
-        raise ValueError(f"{path} must hold the lines {_BEGIN!r} and {_END!r}")
     lines = [HEADER, [":--", *["--:"] * (len(HEADER) - 1)], *rows()]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    with atomic_write(path) as file:
-        file.write(f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}".encode())
+    replace_section(path, _BEGIN, _END, "\n".join("| " + " | ".join(line) + " |" for line in lines))
 
 
 def main(arguments=None):

@@ -23,11 +23,12 @@ from torchvision.datasets import CIFAR10 as TorchvisionCIFAR10
 
 import cifar10
 import train_utils
-from files import atomic_write
+from files import atomic_write, replace_section
 from resnet20 import ResNetCIFAR
 
 RESULTS = Path(__file__).with_name("throughput.json")
 BATCH_SIZE = 256  # the assigned one
+SECTION = "<!-- speed: written by `make bench` -->", "<!-- end of speed -->"  # of README.md
 COMPILED_AT = (128, BATCH_SIZE)  # what experiments.py trains with
 
 
@@ -305,10 +306,16 @@ def main(arguments=None):
     parser.add_argument("--quick", action="store_true", help="a few steps: does it run at all?")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--show", action="store_true", help="print the tables of what was measured before")
+    parser.add_argument("--write", metavar="FILE", help="write the tables into a Markdown file's speed section, too")
     options = parser.parse_args(arguments)
-    if options.show:
-        print(markdown(json.loads(options.out.read_text())))
-        return 0
+    results = json.loads(options.out.read_text()) if options.show else _measured(options)
+    print(markdown(results))
+    if options.write:
+        replace_section(options.write, *SECTION, markdown(results))
+    return 0
+
+
+def _measured(options):
     device = torch.device(options.device)
     if options.images is None:
         options.images = 1536 if device.type == "cpu" else 40 * 1024
@@ -319,8 +326,7 @@ def main(arguments=None):
     results = measure(data, options)
     with atomic_write(options.out) as file:
         file.write((json.dumps(results, indent=1) + "\n").encode())
-    print(markdown(results))
-    return 0
+    return results
 
 
 if __name__ == "__main__":

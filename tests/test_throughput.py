@@ -13,6 +13,7 @@ from torch.utils.data import RandomSampler
 from torchvision import transforms
 
 from benchmarks import throughput
+from conftest import REPOSITORY
 from resnet20 import ResNetCIFAR
 from train_utils import train_epoch
 
@@ -106,5 +107,15 @@ def test_quick_measures_everything_and_shows_what_it_wrote(monkeypatch, small_ci
                 assert 0 < row["images_per_second"]["min"] <= row["images_per_second"]["median"]
     assert set(results["epoch_seconds"]) == {"assigned", "eager"}
     assert f"{results['evaluation']['ours']['ratio']['median']:.2f} (" in printed
-    assert throughput.main(["--show", "--out", str(out)]) == 0
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n" + "\nold\n".join(throughput.SECTION) + "\nafter\n")
+    assert throughput.main(["--show", "--out", str(out), "--write", str(readme)]) == 0
     assert capsys.readouterr().out == printed
+    begin, end = throughput.SECTION
+    assert readme.read_text() == f"before\n{begin}\n\n{printed}\n{end}\nafter\n"
+
+
+def test_the_readme_shows_what_was_measured():
+    begin, end = throughput.SECTION
+    section = (REPOSITORY / "README.md").read_text().partition(begin)[2].partition(end)[0]
+    assert section.strip() == throughput.markdown(json.loads(throughput.RESULTS.read_text()))
