@@ -169,14 +169,15 @@ def plot_size(methods, ax, baseline=None, limit=None):
     for i, (label, models) in enumerate(methods.items()):
         x, y = zip(*models.values())
         ax.plot(x, [100 * accuracy for accuracy in y], label=label, **(style(i) | {"linestyle": "none"}))
-    for model, (size, accuracy) in models.items():
-        ax.annotate(model, (size, 100 * accuracy), (0, -9), textcoords="offset points", ha="center", fontsize=6)
+    for i, (model, (size, accuracy)) in enumerate(sorted(models.items(), key=lambda item: item[1])):
+        up = 5 if i % 2 else -9  # in turns above and below, so that neighbours' names do not overlap
+        ax.annotate(model, (size, 100 * accuracy), (0, up), textcoords="offset points", ha="center", fontsize=6)
     if baseline is not None:
         ax.axhline(100 * baseline, color="0.4", linestyle="--", linewidth=1, label="float")
     if limit is not None:
         ax.axvline(limit, color="0.4", linestyle=":", linewidth=1, label=f"{limit:,.0f} bytes")
     ax.set(xscale="log", xlabel="size of the file (bytes)", ylabel="test accuracy (%)")
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 4)))
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     ax.margins(y=0.15)
