@@ -41,6 +41,14 @@ def after(small_cifar):
 # ---------------------------------------------------------------- Ctrl-C
 
 
+@pytest.fixture(autouse=True)
+def sigint_is_heard():
+    """A shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_in_step(net, step):
     """Have `net` receive a real SIGINT, as from a notebook's stop button, in its training step number `step`."""
     steps = []
