@@ -168,8 +168,8 @@ def fit_step(w, lowest, highest, candidates=100):
     def codes_of(step):
         return (rows / step).round().clamp(lowest, highest)
 
-    for center, radius in ((largest / 2, largest / 2), (None, largest / candidates)):
-        center = best if center is None else center
+    center = radius = largest / 2
+    for _ in range(2):
         for i in range(1, candidates + 1):
             step = center + radius * (2 * i / candidates - 1)
             step = torch.where(step > 0, step, center)
@@ -178,6 +178,7 @@ def fit_step(w, lowest, highest, candidates=100):
             step = torch.where(norm > 0, (rows * codes).sum(1, keepdim=True) / norm, step)
             error_i = (rows - codes_of(step) * step).square().sum(1, keepdim=True)
             best, error = torch.where(error_i < error, step, best), torch.minimum(error_i, error)
+        center, radius = best, largest / candidates
     silent = (rows == 0).all(1, keepdim=True)
     return torch.where(silent, 1.0, best).view(-1, *[1] * (w.dim() - 1))
 

@@ -78,6 +78,10 @@ def plot_elements(trajectory, ax, title=None):
 # ---------------------------------------------------------------- true/false
 
 
+def _draw_float(ax, y):
+    ax.axhline(y, color="0.4", linestyle="--", linewidth=1, label="float")
+
+
 def plot_curves(curves, ax, xlabel, ylabel, baseline=None):
     """Draw anything against anything. curves: {label: {x: y}}, at most five; returns ax.
 
@@ -87,7 +91,7 @@ def plot_curves(curves, ax, xlabel, ylabel, baseline=None):
         x = sorted(points)
         ax.plot(x, [points[k] for k in x], label=label, **style(i))
     if baseline is not None:
-        ax.axhline(baseline, color="0.4", linestyle="--", linewidth=1, label="float")
+        _draw_float(ax, baseline)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(fontsize=8, handlelength=3)
     return ax
@@ -173,7 +177,7 @@ def plot_size(methods, ax, baseline=None, limit=None):
         up = 5 if i % 2 else -9  # in turns above and below, so that neighbours' names do not overlap
         ax.annotate(model, (size, 100 * accuracy), (0, up), textcoords="offset points", ha="center", fontsize=6)
     if baseline is not None:
-        ax.axhline(100 * baseline, color="0.4", linestyle="--", linewidth=1, label="float")
+        _draw_float(ax, 100 * baseline)
     if limit is not None:
         ax.axvline(limit, color="0.4", linestyle=":", linewidth=1, label=f"{limit:,.0f} bytes")
     ax.set(xscale="log", xlabel="size of the file (bytes)", ylabel="test accuracy (%)")

@@ -431,6 +431,17 @@ def _check(**arguments):
 # ---------------------------------------------------------------- the homework's entry points
 
 
+def _fit_into(checkpoint, net, reg, **options):
+    """Return the history of fit with weight decay `reg`, its best epoch's weights written to `checkpoint` if any."""
+    _check(reg=reg)
+    if checkpoint is not None:
+        check_writable(checkpoint)
+    history, best = fit(net, weight_decay=reg, **options)
+    if checkpoint is not None:
+        atomic_save(best, checkpoint)
+    return history
+
+
 def train(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="net_after_train.pt", seed=0):
     """Train `net` from where it stands, in place, with the assigned pre-training recipe; return its history.
 
@@ -438,14 +449,8 @@ def train(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="net_afte
     its last epoch, and its best test epoch is written to `checkpoint` (None: nowhere). The progress bar moves
     each log_every_n steps. Raises as fit does.
     """
-    _check(reg=reg)
-    if checkpoint is not None:
-        check_writable(checkpoint)
-    history, best = fit(net, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=reg, schedule="step",
-                        hold_zeros_from=None, seed=seed, name="train", log_every_n=log_every_n)
-    if checkpoint is not None:
-        atomic_save(best, checkpoint)
-    return history
+    return _fit_into(checkpoint, net, reg, epochs=epochs, batch_size=batch_size, lr=lr, schedule="step",
+                     hold_zeros_from=None, seed=seed, name="train", log_every_n=log_every_n)
 
 
 def finetune(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="quantized_net_after_finetune.pt",
@@ -456,14 +461,8 @@ def finetune(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="quant
     hold_zeros=False. The net ends in its last epoch; its best test epoch is written to `checkpoint`
     (None: nowhere). The progress bar moves each log_every_n steps. Raises as fit does.
     """
-    _check(reg=reg)
-    if checkpoint is not None:
-        check_writable(checkpoint)
-    history, best = fit(net, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=reg,
-                        hold_zeros_from=1 if hold_zeros else None, seed=seed, name="finetune", log_every_n=log_every_n)
-    if checkpoint is not None:
-        atomic_save(best, checkpoint)
-    return history
+    return _fit_into(checkpoint, net, reg, epochs=epochs, batch_size=batch_size, lr=lr,
+                     hold_zeros_from=1 if hold_zeros else None, seed=seed, name="finetune", log_every_n=log_every_n)
 
 
 def finetune_after_prune(net, trainloader, criterion, optimizer, prune=True):

@@ -23,6 +23,7 @@ from torchvision.datasets import CIFAR10 as TorchvisionCIFAR10
 
 import cifar10
 import train_utils
+from experiments import weights_path
 from files import atomic_write, replace_section
 from resnet20 import ResNetCIFAR
 
@@ -221,8 +222,7 @@ def training(data, batch_size, compile, options):
 def evaluation(data, options):
     """Return the comparison of both ways to evaluate the same net on all test images."""
     device, n = data.test_images.device, len(data.test_labels)
-    weights = Path(train_utils.__file__).with_name("pretrained_model.pt")
-    net = train_utils.load_weights(ResNetCIFAR(num_layers=20).to(device), weights)
+    net = train_utils.load_weights(ResNetCIFAR(num_layers=20).to(device), weights_path("pretrain"))
     ways = {
         "assigned": lambda: assigned_evaluation(
             net, assigned_loader(data.test_images, data.test_labels, BATCH_SIZE, options.workers, train=False)),
