@@ -3,17 +3,21 @@
 The assigned pipeline is what the homework's own notebook does: torchvision transforms on PIL images, a DataLoader with
 worker processes, a float32 NCHW net without compilation, loss and accuracy read back in each step. Ours is what
 experiments.py does: images on the device, train_utils.train_epoch, channels_last, and on long runs torch.compile.
-Both train the same float ResNet-20 with the same SGD. Warm-up steps and compilation are not in the images/s.
+Both train the same float ResNet-20 with the same SGD. Each has a process of its own, so that the allocator settings
+of `make train` are ours alone. Warm-up steps and compilation are not in the images/s.
 """
 
 import argparse
+import functools
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -31,6 +35,7 @@ RESULTS = Path(__file__).with_name("throughput.json")
 BATCH_SIZE = 256  # the assigned one
 SECTION = "<!-- speed: written by `make bench` -->", "<!-- end of speed -->"  # of README.md
 COMPILED_AT = (128, BATCH_SIZE)  # what experiments.py trains with
+ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")  # TRAIN_ENV of Makefile
 
 
 # ---------------------------------------------------------------- the assigned pipeline
@@ -53,6 +58,15 @@ def assigned_loader(images, labels, batch_size, workers, train):
     """Return the assigned DataLoader: augmented and shuffled for training, in order for testing."""
     transform = transforms.Compose([*AUGMENTATION, *TO_NORMALIZED] if train else TO_NORMALIZED)
     return DataLoader(AsTorchvision(images, labels, transform), batch_size, shuffle=train, num_workers=workers)
+
+
+def assigned_net(device):
+    """Return the assigned ResNet-20 on `device`: its activations, unlike ours, do not overwrite what they read."""
+    net = ResNetCIFAR(num_layers=20).to(device)
+    for module in net.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.inplace = False
+    return net
 
 
 def assigned_epoch(net, loader, optimizer, criterion, forward=None):
@@ -162,9 +176,10 @@ class Pipeline:
         self.kind, self.data, self.batch_size, self.workers = kind, data, batch_size, workers
         self.device = data.train_images.device
         torch.manual_seed(0)
-        self.net = ResNetCIFAR(num_layers=20).to(self.device)
-        if kind != "assigned":
-            self.net.to(memory_format=torch.channels_last)
+        if kind == "assigned":
+            self.net = assigned_net(self.device)
+        else:
+            self.net = ResNetCIFAR(num_layers=20).to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.002, momentum=0.875, weight_decay=1e-4)
         self.forward = train_utils.CompiledForOneSize(self.net) if kind == "compiled" else self.net
         self.bf16 = train_utils.execution(self.device)["bf16"]
@@ -187,6 +202,58 @@ class Pipeline:
         return clock.stop()
 
 
+class AssignedProcess:
+    """The assigned pipelines, in a process that has the machine's own allocator settings; use it in a `with`."""
+
+    def __init__(self, data, workers):
+        ours = {name: os.environ.pop(name) for name in ALLOCATOR if name in os.environ}
+        try:  # a process reads them when it starts
+            arrays = [tensor.cpu().numpy() for tensor in data]  # shared memory, which tensors take, may be small
+            self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_assigned,
+                                            (arrays, data.train_images.device, workers, torch.get_num_threads()))
+            self.pool.submit(os.getpid).result()
+        finally:
+            os.environ.update(ours)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.pool.shutdown()
+
+    def train(self, batch_size, steps, warmup, split=False):
+        """Return what Pipeline("assigned", ...).train does; there is one for each batch size, and it stays."""
+        return self.pool.submit(_train_assigned, batch_size, steps, warmup, split).result()
+
+    def evaluate(self):
+        """Return (accuracy, seconds) of the float model on all test images."""
+        return self.pool.submit(_evaluate_assigned).result()
+
+
+_assigned = {}  # in that process: "data", "workers", and the pipeline of each batch size
+
+
+def _start_assigned(arrays, device, workers, threads):
+    torch.set_num_threads(threads)
+    _assigned.update(data=cifar10.CIFAR10(*(torch.from_numpy(array).to(device) for array in arrays)), workers=workers)
+
+
+def _train_assigned(batch_size, *section):
+    if batch_size not in _assigned:
+        _assigned[batch_size] = Pipeline("assigned", _assigned["data"], batch_size, _assigned["workers"])
+    return _assigned[batch_size].train(*section)
+
+
+def _evaluate_assigned():
+    data, workers = _assigned["data"], _assigned["workers"]
+    device = data.test_images.device
+    net = train_utils.load_weights(assigned_net(device), weights_path("pretrain"))
+    started = now(device)
+    loader = assigned_loader(data.test_images, data.test_labels, BATCH_SIZE, workers, train=False)
+    accuracy = assigned_evaluation(net, loader)[1]
+    return accuracy, now(device) - started
+
+
 def spread(values):
     """Return {"median", "min", "max"} of a list of numbers."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -202,38 +269,40 @@ def compared(seconds, images):
 # ---------------------------------------------------------------- what is measured
 
 
-def training(data, batch_size, compile, options):
-    """Return (comparison of the pipelines, seconds to compile or None, the pipelines) at `batch_size`."""
-    kinds = ["assigned", "eager"] + ["compiled"] * compile
-    pipelines = {kind: Pipeline(kind, data, batch_size, options.workers) for kind in kinds}
+def training(data, assigned, batch_size, compile, options):
+    """Return (comparison, seconds to compile or None, {name: train method}) of the pipelines at `batch_size`."""
+    ours = {kind: Pipeline(kind, data, batch_size, options.workers) for kind in ["eager"] + ["compiled"] * compile}
+    train = {"assigned": functools.partial(assigned.train, batch_size)}
+    train |= {kind: pipeline.train for kind, pipeline in ours.items()}
     steps = max(options.images // batch_size, 1)
     compile_seconds = None
     if compile:
-        first, later = (pipelines["compiled"].train(1, warmup=0) for _ in range(2))
+        first, later = (train["compiled"](1, 0) for _ in range(2))
         compile_seconds = first - later
-    seconds = {kind: [] for kind in kinds}
+    seconds = {kind: [] for kind in train}
     for _ in range(options.rounds):
-        for kind, pipeline in pipelines.items():
+        for kind in train:
             # Workers have batches ready when the clock starts and leave as many when it stops.
-            seconds[kind].append(pipeline.train(steps, options.warmup))
-    return compared(seconds, steps * batch_size), compile_seconds, pipelines
+            seconds[kind].append(train[kind](steps, options.warmup))
+    return compared(seconds, steps * batch_size), compile_seconds, train
 
 
-def evaluation(data, options):
-    """Return the comparison of both ways to evaluate the same net on all test images."""
+def evaluation(data, assigned, options):
+    """Return the comparison of both ways to evaluate the same weights on all test images."""
     device, n = data.test_images.device, len(data.test_labels)
     net = train_utils.load_weights(ResNetCIFAR(num_layers=20).to(device), weights_path("pretrain"))
-    ways = {
-        "assigned": lambda: assigned_evaluation(
-            net, assigned_loader(data.test_images, data.test_labels, BATCH_SIZE, options.workers, train=False)),
-        "ours": lambda: train_utils.evaluate(net, data),
-    }
-    seconds, accuracies = {way: [] for way in ways}, set()
+
+    def ours():
+        started = now(device)
+        accuracy = train_utils.evaluate(net, data)[1]
+        return accuracy, now(device) - started
+
+    seconds, accuracies = {"assigned": [], "ours": []}, set()
     for _ in range(options.rounds + 1):
-        for way, evaluate in ways.items():
-            started = now(device)
-            accuracies.add(evaluate()[1])
-            seconds[way].append(now(device) - started)
+        for way, evaluate in (("assigned", assigned.evaluate), ("ours", ours)):
+            accuracy, taken = evaluate()
+            accuracies.add(accuracy)
+            seconds[way].append(taken)
     if max(accuracies) - min(accuracies) > 0.001:
         raise RuntimeError(f"both ways must find one accuracy, got {sorted(accuracies)}")
     return compared({way: values[1:] for way, values in seconds.items()}, n)  # the first is the warm-up
@@ -244,17 +313,18 @@ def measure(data, options):
     results = {"device": _device_name(data.train_images.device), "threads": torch.get_num_threads(),
                "workers": options.workers, "rounds": options.rounds, "torch": torch.__version__,
                "python": platform.python_version(), "epoch_images": len(data.train_images), "training": {}}
-    for batch_size in options.batch_sizes:
-        compile = batch_size in COMPILED_AT and not options.eager
-        comparison, compile_seconds, pipelines = training(data, batch_size, compile, options)
-        results["training"][str(batch_size)] = comparison | {"compile_seconds": compile_seconds}
-        if batch_size == options.batch_sizes[0]:  # the one that is split, while its compiled net is at hand
-            steps = max(options.images // batch_size, 1)
-            epoch = len(data.train_images) / (steps * batch_size)
-            results["epoch_seconds"] = {
-                kind: {part: s * epoch for part, s in pipeline.train(steps, options.warmup, split=True).items()}
-                for kind, pipeline in pipelines.items()}
-    return results | {"evaluation": evaluation(data, options)}
+    with AssignedProcess(data, options.workers) as assigned:
+        for batch_size in options.batch_sizes:
+            compile = batch_size in COMPILED_AT and not options.eager
+            comparison, compile_seconds, train = training(data, assigned, batch_size, compile, options)
+            results["training"][str(batch_size)] = comparison | {"compile_seconds": compile_seconds}
+            if batch_size == options.batch_sizes[0]:  # the one that is split, while its compiled net is at hand
+                steps = max(options.images // batch_size, 1)
+                epoch = len(data.train_images) / (steps * batch_size)
+                results["epoch_seconds"] = {
+                    kind: {part: s * epoch for part, s in train[kind](steps, options.warmup, True).items()}
+                    for kind in train}
+        return results | {"evaluation": evaluation(data, assigned, options)}
 
 
 def _device_name(device):

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,30 @@ def test_the_assigned_test_loader_yields_the_test_set_in_order(small_cifar):
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
     torch.testing.assert_close(torch.cat(xs), (small_cifar.test_images / 255 - mean) / std, rtol=0, atol=1e-5)
     assert torch.equal(torch.cat(ys), small_cifar.test_labels)
+
+
+def test_the_assigned_net_is_ours_with_plain_activations():
+    torch.manual_seed(0)
+    assigned = throughput.Pipeline("assigned", SimpleNamespace(train_images=torch.zeros(1)), 1, 0).net
+    ours = throughput.Pipeline("eager", SimpleNamespace(train_images=torch.zeros(1)), 1, 0).net
+    inplace = [[m.inplace for m in net.modules() if isinstance(m, nn.ReLU)] for net in (assigned, ours)]
+    assert inplace == [[False] * 19, [True] * 19]
+    for (name, a), (other, b) in zip(assigned.state_dict().items(), ours.state_dict().items()):
+        assert name == other and torch.equal(a, b)
+
+
+def test_the_assigned_process_has_none_of_our_allocator_settings(monkeypatch, small_cifar):
+    settings = (REPOSITORY / "Makefile").read_text().partition("TRAIN_ENV := ")[2].splitlines()[0].split()
+    assert tuple(setting.partition("=")[0] for setting in settings) == throughput.ALLOCATOR
+    for setting in settings:
+        monkeypatch.setenv(*setting.split("=", 1))
+    with throughput.AssignedProcess(small_cifar, workers=0) as process:
+        there = [process.pool.submit(os.getenv, name).result() for name in throughput.ALLOCATOR]
+        assert there == [None] * 4 and all(name in os.environ for name in throughput.ALLOCATOR)
+        with pytest.raises(ValueError, match="steps must be at most"):
+            process.train(16, 10**6, 0)
+        parts = process.train(16, 1, 0, split=True)
+        assert set(parts) == {*throughput.Clock.PARTS, "rest"}
 
 
 def test_both_pipelines_train_the_same_net(net, small_cifar):
@@ -91,8 +116,9 @@ def test_too_many_images_are_refused(small_cifar):
 
 def test_two_evaluations_that_disagree_are_an_error(monkeypatch, small_cifar):
     monkeypatch.setattr(throughput.train_utils, "evaluate", lambda net, data: (1.0, 0.5))
+    assigned = SimpleNamespace(evaluate=lambda: (0.6, 1.0))
     with pytest.raises(RuntimeError, match="one accuracy"):
-        throughput.evaluation(small_cifar, SimpleNamespace(rounds=1, workers=0))
+        throughput.evaluation(small_cifar, assigned, SimpleNamespace(rounds=1))
 
 
 def test_quick_measures_everything_and_shows_what_it_wrote(monkeypatch, small_cifar, tmp_path, capsys):
