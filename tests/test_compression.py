@@ -171,7 +171,7 @@ def test_accuracy_with_floats_of_8_bits(four_bits, cifar):
     assert (answers[0] == answers[1]).float().mean() > 0.98
 
 
-@pytest.mark.parametrize("name", ["lab3d_3bit"])
+@pytest.mark.parametrize("name", ["lab3d_2bit_improved"])
 def test_a_shipped_file_holds_its_run(name, cifar):
     """With floats of 8 bits: its zeros are the run's, and on 1,000 real images it nearly always answers the same."""
     shipped = decompress((experiments.SHIPPED / f"{name}.rnpq").read_bytes())
