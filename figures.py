@@ -148,8 +148,8 @@ def plot_layers(series, ax, ylabel, ylim=None):
     names = [name.replace("body_op.", "").removesuffix(".0") for name in next(iter(series.values()))]
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     ax.set(ylabel=ylabel, ylim=ylim)
-    if len(series) > 1:
-        ax.legend(fontsize=8)
+    if len(series) > 1:  # above the axes, where no bar is
+        ax.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(series), frameon=False)
     return ax
 
 
@@ -166,16 +166,19 @@ def plot_weights(weights, quantized, ax):
 def plot_size(methods, ax, baseline=None, limit=None):
     """Draw accuracy in % against file size in bytes, on a log axis; returns ax.
 
-    methods: {label: {model: (bytes, fraction)}}; each model is named once, at its place in the last method.
+    methods: {label: {model: (bytes, fraction)}}; models are numbered at their places in the last one, and named beside.
     baseline: the float model's accuracy, a fraction, drawn as a dashed line; limit: a size in bytes, drawn as a
     dotted one.
     """
     for i, (label, models) in enumerate(methods.items()):
         x, y = zip(*models.values())
         ax.plot(x, [100 * accuracy for accuracy in y], label=label, **(style(i) | {"linestyle": "none"}))
-    for i, (model, (size, accuracy)) in enumerate(sorted(models.items(), key=lambda item: item[1])):
-        up = 5 if i % 2 else -9  # in turns above and below, so that neighbours' names do not overlap
-        ax.annotate(model, (size, 100 * accuracy), (0, up), textcoords="offset points", ha="center", fontsize=6)
+    numbered = list(enumerate(models, start=1))
+    for number, model in numbered:
+        size, accuracy = models[model]
+        ax.annotate(number, (size, 100 * accuracy), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+    key = "\n".join(f"{number}  {model}" for number, model in numbered)
+    ax.text(1.02, 1, key, transform=ax.transAxes, va="top", fontsize=7)
     if baseline is not None:
         _draw_float(ax, 100 * baseline)
     if limit is not None:

@@ -42,4 +42,4 @@ def test_sizes_stand_at_their_bytes_and_each_model_is_named_once(ax):
     first, second, baseline, limit = ax.get_lines()
     assert first.get_xydata().tolist() == [[3000, 50], [9000, 90]] and second.get_xydata().tolist() == [[2000, 50]]
     assert set(baseline.get_ydata()) == {95} and set(limit.get_xdata()) == {2500}
-    assert [text.get_text() for text in ax.texts] == ["a"] and ax.get_xscale() == "log"
+    assert [text.get_text() for text in ax.texts] == ["1", "1  a"] and ax.get_xscale() == "log"
