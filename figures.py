@@ -176,16 +176,18 @@ def plot_size(methods, ax, baseline=None, limit=None):
     numbered = list(enumerate(models, start=1))
     for number, model in numbered:
         size, accuracy = models[model]
-        ax.annotate(number, (size, 100 * accuracy), (0, 5), textcoords="offset points", ha="center", fontsize=7)
+        side = ((0, 7), (8, 0), (0, -8), (-8, 0))[number % 4]  # in turns, so that neighbours' do not overlap
+        ax.annotate(number, (size, 100 * accuracy), side, textcoords="offset points", fontsize=7,
+                    ha="center", va="center")
     key = "\n".join(f"{number}  {model}" for number, model in numbered)
     ax.text(1.02, 1, key, transform=ax.transAxes, va="top", fontsize=7)
     if baseline is not None:
         _draw_float(ax, 100 * baseline)
     if limit is not None:
-        ax.axvline(limit, color="0.4", linestyle=":", linewidth=1, label=f"{limit:,.0f} bytes")
-    ax.set(xscale="log", xlabel="size of the file (bytes)", ylabel="test accuracy (%)")
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
-    ax.xaxis.set_major_formatter("{x:,.0f}")
+        ax.axvline(limit, color="0.4", linestyle=":", linewidth=1, label=f"{limit / 1000:.1f} kB")
+    ax.set(xscale="log", xlabel="size of the file (kB)", ylabel="test accuracy (%)")
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+    ax.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:g}")
     ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     ax.margins(y=0.15)
     ax.legend(fontsize=7)
