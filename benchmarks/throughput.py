@@ -35,7 +35,7 @@ RESULTS = Path(__file__).with_name("throughput.json")
 BATCH_SIZE = 256  # the assigned one
 SECTION = "<!-- speed: written by `make bench` -->", "<!-- end of speed -->"  # of README.md
 COMPILED_AT = (128, BATCH_SIZE)  # what experiments.py trains with
-ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")  # TRAIN_ENV of Makefile
+ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")  # as in Makefile
 
 
 # ---------------------------------------------------------------- the assigned pipeline

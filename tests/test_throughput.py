@@ -58,7 +58,7 @@ def test_the_assigned_net_is_ours_with_plain_activations():
 
 
 def test_the_assigned_process_has_none_of_our_allocator_settings(monkeypatch, small_cifar):
-    settings = (REPOSITORY / "Makefile").read_text().partition("TRAIN_ENV := ")[2].splitlines()[0].split()
+    settings = (REPOSITORY / "Makefile").read_text().partition("ALLOCATOR := ")[2].splitlines()[0].split()
     assert tuple(setting.partition("=")[0] for setting in settings) == throughput.ALLOCATOR
     for setting in settings:
         monkeypatch.setenv(*setting.split("=", 1))
