@@ -13,12 +13,12 @@ DPI = 150  # pixels an inch, enough for print
 # Okabe and Ito's colours, darkest first; each comes with its own line style and marker, for greyscale.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v")
+MARKERS = ("o", "s", "^", "D", "v", "x", "P", "*")
 
 
 def style(i):
     """Return the plot keywords of the i-th series: a colour with its own line style and marker."""
-    return {"color": COLORS[i % 5], "linestyle": LINES[i % 5], "marker": MARKERS[i % 5], "markersize": 4}
+    return {"color": COLORS[i % 5], "linestyle": LINES[i % 5], "marker": MARKERS[i % 8], "markersize": 4}
 
 
 def axes(columns=1):
@@ -163,32 +163,51 @@ def plot_weights(weights, quantized, ax):
     return ax
 
 
-def plot_size(methods, ax, baseline=None, limit=None):
-    """Draw accuracy in % against file size in bytes, on a log axis; returns ax.
+def broken_axes():
+    """Return two Axes, 7.5 x 5 inches together, that share x: the lower one continues y where the upper one ends."""
+    _, pair = plt.subplots(2, figsize=(7.5, 5), dpi=DPI, layout="constrained", sharex=True, height_ratios=(4, 1))
+    pair[0].spines["bottom"].set_visible(False)
+    pair[0].tick_params(axis="x", which="both", bottom=False)
+    pair[1].spines["top"].set_visible(False)
+    for ax, y in zip(pair, (0, 1)):  # a slanted stroke at either end of the cut
+        ax.plot((0, 1), (y, y), transform=ax.transAxes, marker=((-1, -0.5), (1, 0.5)), color="black", markersize=8,
+                linestyle="none", clip_on=False)
+    return pair
 
-    methods: {label: {model: (bytes, fraction)}}; models are numbered at their places in the last one, and named beside.
-    baseline: the float model's accuracy, a fraction, drawn as a dashed line; limit: a size in bytes, drawn as a
-    dotted one.
+
+def plot_size(methods, pair, cut, baseline=None, limit=None):
+    """Draw accuracy in % against file size in bytes, on a log axis; returns the two Axes of `pair`.
+
+    methods: {label: {model: (bytes, fraction)}}; a thin line joins the sizes of a model, which is numbered at its
+    place in the last method, and named beside. pair: of broken_axes(); models above `cut`, a fraction, are in the
+    upper one. baseline: the float model's accuracy, a fraction, drawn as a dashed line; limit: a size in bytes,
+    drawn as a dotted one.
     """
+    upper, lower = pair
     for i, (label, models) in enumerate(methods.items()):
-        x, y = zip(*models.values())
-        ax.plot(x, [100 * accuracy for accuracy in y], label=label, **(style(i) | {"linestyle": "none"}))
+        for ax in pair:
+            inside = [(size, 100 * accuracy) for size, accuracy in models.values() if (accuracy > cut) == (ax is upper)]
+            ax.plot(*zip(*inside or [(np.nan, np.nan)]), label=label, **(style(i) | {"linestyle": "none"}))
     numbered = list(enumerate(models, start=1))
     for number, model in numbered:
         size, accuracy = models[model]
-        side = ((0, 7), (8, 0), (0, -8), (-8, 0))[number % 4]  # in turns, so that neighbours' do not overlap
-        ax.annotate(number, (size, 100 * accuracy), side, textcoords="offset points", fontsize=7,
-                    ha="center", va="center")
+        ax = upper if accuracy > cut else lower
+        ax.annotate(number, (size, 100 * accuracy), (-5, 0), textcoords="offset points", fontsize=7,
+                    ha="right", va="center")
+        places = [by_model[model] for by_model in methods.values() if model in by_model]
+        ax.plot([size for size, _ in places], [100 * y for _, y in places], color="0.8", linewidth=0.7, zorder=0)
     key = "\n".join(f"{number}  {model}" for number, model in numbered)
-    ax.text(1.02, 1, key, transform=ax.transAxes, va="top", fontsize=7)
+    upper.text(1.02, 1, key, transform=upper.transAxes, va="top", fontsize=7)
     if baseline is not None:
-        _draw_float(ax, 100 * baseline)
-    if limit is not None:
+        _draw_float(upper, 100 * baseline)
+    for ax in pair if limit is not None else ():
         ax.axvline(limit, color="0.4", linestyle=":", linewidth=1, label=f"{limit / 1000:.1f} kB")
-    ax.set(xscale="log", xlabel="size of the file (kB)", ylabel="test accuracy (%)")
-    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
-    ax.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:g}")
-    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
-    ax.margins(y=0.15)
-    ax.legend(fontsize=7)
-    return ax
+    lower.set(xscale="log", xlabel="size of the file (kB)")
+    lower.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+    lower.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:g}")
+    lower.xaxis.set_minor_formatter(ticker.NullFormatter())
+    upper.set_ylabel("test accuracy (%)")
+    for ax in pair:
+        ax.margins(y=0.15)
+    upper.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 0.32)).set_in_layout(False)
+    return pair

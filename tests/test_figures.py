@@ -37,9 +37,14 @@ def test_a_group_has_crosses_exactly_where_it_is_zero(ax):
     assert {(row, column) for column, row in crosses.get_offsets()} == {(0, 0), (1, 1), (1, 2)}
 
 
-def test_sizes_stand_at_their_bytes_and_each_model_is_named_once(ax):
-    figures.plot_size({"range": {"a": (3000, 0.5), "b": (9000, 0.9)}, "context": {"a": (2000, 0.5)}}, ax, 0.95, 2500)
-    first, second, baseline, limit = ax.get_lines()
-    assert first.get_xydata().tolist() == [[3000, 50], [9000, 90]] and second.get_xydata().tolist() == [[2000, 50]]
-    assert set(baseline.get_ydata()) == {95} and set(limit.get_xdata()) == {2500}
-    assert [text.get_text() for text in ax.texts] == ["1", "1  a"] and ax.get_xscale() == "log"
+def test_sizes_stand_at_their_bytes_and_each_model_is_named_once():
+    methods = {"range": {"a": (3000, 0.5), "b": (9000, 0.9)}, "context": {"a": (2000, 0.5), "b": (8000, 0.8)}}
+    upper, lower = figures.plot_size(methods, figures.broken_axes(), 0.7, 0.95, 2500)
+    drawn = [{line.get_label(): line for line in ax.get_lines()} for ax in (upper, lower)]
+    assert [[lines[method].get_xydata().tolist() for method in methods] for lines in drawn] == [
+        [[[9000, 90]], [[8000, 80]]], [[[3000, 50]], [[2000, 50]]]]
+    assert set(drawn[0]["float"].get_ydata()) == {95} and "float" not in drawn[1]
+    assert all(set(lines["2.5 kB"].get_xdata()) == {2500} for lines in drawn)
+    assert [text.get_text() for text in upper.texts] == ["2", "1  a\n2  b"]
+    assert [text.get_text() for text in lower.texts] == ["1"]
+    assert upper.get_xscale() == lower.get_xscale() == "log" and upper.get_xlim() == lower.get_xlim()
