@@ -41,28 +41,29 @@ class Run:
     nesterov: bool = False
     weight_decay: float = 1e-4  # on all parameters, in each step
     label_smoothing: float = 0.0
-    distill: float = 0.0  # weight of what the float model says beside the labels, 0 to 1
+    distill: float = 0.0  # weight of what the teacher says beside the labels, 0 to 1
+    teacher: str = "pretrain"  # run of the float model that is distilled from
     keep: str = "best"  # which epoch is shipped: "best" on the test set, as assigned, or "last"
     test_every: int = 1  # epochs between evaluations
     held_out: int = 0  # training images kept for testing in place of the test set, to choose a recipe by
     seed: int = 0  # of initialization, data order and augmentation
 
 
+FLOAT = dict(start_from=None, batch_size=128, lr=0.2, schedule="cosine", warmup=0.1, momentum=0.9, nesterov=True,
+             weight_decay=5e-4, keep="last", test_every=5)
+
 # The improved runs: as many epochs as assigned. What their parts are worth is measured by the ablation runs, each a
-# fifth as long, on 45,000 of the training images and tested on the others.
+# fifth as long: on 45,000 of the training images, tested on the others, from a float model that never saw those.
 RATE = dict(lr=0.05, schedule="cosine", warmup=0.05, momentum=0.9, nesterov=True, batch_size=128)
 STEP = dict(quantizer="learned")
 DISTILL = dict(distill=0.5)
 IMPROVED = RATE | DISTILL | dict(keep="last")
-ABLATION = dict(epochs=4, held_out=5000, keep="last")
-TEACHER = "pretrain"
+ABLATION = dict(start_from="ablation_float", teacher="ablation_float", epochs=4, held_out=5000, keep="last")
 
 RUNS = {
     run.name: run
     for run in [
-        Run("pretrain", "Lab 2 (a): the float model, from scratch", start_from=None, epochs=50, batch_size=128,
-            lr=0.2, schedule="cosine", warmup=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4,
-            keep="last", test_every=5),
+        Run("pretrain", "Lab 2 (a): the float model, from scratch", epochs=50, **FLOAT),
         Run("lab2c_oneshot", "Lab 2 (c): 70 % pruned at once, layer by layer", prune="layer", q=70.0),
         Run("lab2d_iterative", "Lab 2 (d): pruned to 70 % over 10 epochs, layer by layer", prune="layer", q=70.0,
             prune_epochs=10),
@@ -80,6 +81,7 @@ RUNS = {
         *(Run(f"lab3d_{n}bit_improved", f"70 % pruned and {n}-bit weights, improved",
               start_from="lab2e_global_improved", Nbits=n, symmetric=n == 2, **IMPROVED, **STEP)
           for n in (4, 3, 2)),  # 2 bits: the codes -1, 0, 1
+        Run("ablation_float", "float model of the ablation, from scratch", epochs=10, held_out=5000, **FLOAT),
         *(Run(f"ablation_2bit_{part}", f"2-bit weights: {what}", Nbits=2, **ABLATION, **recipe)
           for part, what, recipe in (
               ("assigned", "assigned recipe", {}), ("rate", "and a higher rate, on a cosine", RATE),
@@ -227,8 +229,8 @@ def train_run(name, folder=SHIPPED):
         fit_steps(net)  # a parent's steps belong to its own width
     teacher, teacher_sha256 = None, None
     if run.distill:
-        teacher = build(TEACHER)
-        teacher_sha256 = _load_parent(TEACHER, teacher, folder, name)
+        teacher = build(run.teacher)
+        teacher_sha256 = _load_parent(run.teacher, teacher, folder, name)
 
     pruned_from = max(run.prune_epochs, 1)  # first epoch that starts at the final sparsity
     state_path = folder / f"{name}.resume.pt"
