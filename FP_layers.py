@@ -1,4 +1,4 @@
-"""Fixed-point (quantized-weight) layers: two straight-through quantizers, and the layers built on them."""
+"""Fixed-point (quantized-weight) layers: three straight-through quantizers, and the layers built on them."""
 
 import math  # noqa: F401  (math, np and F are re-exported, see __all__)
 import operator
@@ -9,8 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # Notebooks written against the course's skeleton rely on `from FP_layers import *` for these names too.
-__all__ = ["STE", "LearnedStep", "FP_Conv", "FP_Linear", "check_n_bits", "code_range", "fit_step",
-           "torch", "nn", "F", "math", "np", "device"]
+__all__ = ["STE", "LearnedStep", "TernaryLevels", "FP_Conv", "FP_Linear", "check_n_bits", "code_range", "fit_step",
+           "fit_levels", "torch", "nn", "F", "math", "np", "device"]
 
 MAX_BITS = 16  # beyond this, neighbouring levels are no longer told apart reliably in float32 arithmetic
 
@@ -103,7 +103,7 @@ class STE(torch.autograd.Function):
 # ---------------------------------------------------------------- a step that is learned
 
 
-QUANTIZERS = ("minmax", "learned")
+QUANTIZERS = ("minmax", "learned", "ternary")
 
 
 def code_range(Nbits, symmetric=False):
@@ -183,6 +183,46 @@ def fit_step(w, lowest, highest, candidates=100):
     return torch.where(silent, 1.0, best).view(-1, *[1] * (w.dim() - 1))
 
 
+# ---------------------------------------------------------------- three levels that are learned
+
+
+def ternary_signs(w, threshold=0.05):
+    """Return the signs of w, of its shape, with 0 for weights up to `threshold` times max|w| in size."""
+    return torch.where(w.abs() > threshold * w.abs().max(), w.sign(), 0)
+
+
+class TernaryLevels(torch.autograd.Function):
+    """Quantize to -n, 0 and p, where n and p are trained, for a whole tensor.
+
+    TernaryLevels.apply(w, levels), levels = (n, p), both positive, returns a tensor of w's shape: zero where
+    ternary_signs(w) is, else -n or p. dL/dw passes straight through; dL/dn and dL/dp are the sums over the weights
+    at that level, divided by the square root of the number of all weights as LearnedStep's are.
+
+    Source: Zhu et al., "Trained Ternary Quantization", ICLR 2017, equations 6 and 7, with their threshold; they
+    also scale dL/dw by the level.
+    """
+
+    @staticmethod
+    def forward(ctx, w, levels):
+        signs = ternary_signs(w)
+        ctx.save_for_backward(signs)
+        return signs.clamp(max=0) * levels[0] + signs.clamp(min=0) * levels[1]
+
+    @staticmethod
+    def backward(ctx, g):
+        signs, = ctx.saved_tensors
+        sums = torch.stack([-(g * (signs < 0)).sum(), (g * (signs > 0)).sum()])
+        return g, sums / math.sqrt(signs.numel())
+
+
+@torch.no_grad()
+def fit_levels(w):
+    """Return (n, p), the mean size of the weights in w that TernaryLevels makes -n and p; 1 where there are none."""
+    signs = ternary_signs(w)
+    groups = (-w[signs < 0], w[signs > 0])
+    return torch.stack([group.mean() if len(group) else w.new_ones(()) for group in groups])
+
+
 # ---------------------------------------------------------------- layers
 
 
@@ -194,6 +234,8 @@ class _FixedPoint(nn.Module):
         if quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {quantizer!r}")
         self.Nbits = check_n_bits(Nbits, symmetric)
+        if quantizer == "ternary" and self.Nbits not in (None, 2):
+            raise ValueError(f"Nbits must be None or 2 for ternary levels, got {Nbits}")
         self.symmetric = bool(symmetric)
         self.quantizer = quantizer
 
@@ -206,32 +248,42 @@ class _FixedPoint(nn.Module):
         """Return the weight that forward computes with, of the float weight's shape."""
         if self.Nbits is None or self.quantizer == "minmax":
             return STE.apply(self.weight, self.Nbits, self.symmetric)
+        if self.quantizer == "ternary":
+            return TernaryLevels.apply(self.weight, _positive(self.levels))
         return LearnedStep.apply(self.weight, self.positive_step(), *code_range(self.Nbits, self.symmetric))
 
     def positive_step(self):
         """Return the learned step of each output channel, (C, 1, ..., 1): |step|, so that training cannot flip it."""
-        return self.step.abs().clamp_min(torch.finfo(self.step.dtype).tiny)
+        return _positive(self.step)
 
     def reset_step(self):
-        """Set the learned step to the least-squares one for the weight as it is, in place; else do nothing."""
-        if self.Nbits is not None and self.quantizer == "learned":
-            step = fit_step(self.weight, *code_range(self.Nbits, self.symmetric))
-            if not hasattr(self, "step"):
-                self.step = nn.Parameter(step)
-            else:
-                self.step.data.copy_(step)
+        """Fit what is learned, step or levels, to the weight as it is, in place; else do nothing."""
+        if self.Nbits is None or self.quantizer == "minmax":
+            return
+        if self.quantizer == "ternary":
+            name, value = "levels", fit_levels(self.weight)
+        else:
+            name, value = "step", fit_step(self.weight, *code_range(self.Nbits, self.symmetric))
+        if not hasattr(self, name):
+            setattr(self, name, nn.Parameter(value))
+        else:
+            getattr(self, name).data.copy_(value)
 
     def extra_repr(self):
         return f"Nbits={self.Nbits}, symmetric={self.symmetric}, quantizer={self.quantizer}"
+
+
+def _positive(x):
+    return x.abs().clamp_min(torch.finfo(x.dtype).tiny)
 
 
 class FP_Linear(_FixedPoint):
     """A fully connected layer (child `linear`, an nn.Linear with bias) whose weight is quantized.
 
     Maps (..., in_features) to (..., out_features). Nbits and symmetric as in STE; the bias stays float.
-    quantizer: "minmax", the STE, or "learned", a LearnedStep (parameter `step`, (out_features, 1)). Nbits=None
-    is exactly nn.Linear. Raises as STE and code_range do, for Nbits already at construction, and ValueError for
-    another quantizer.
+    quantizer: "minmax", the STE; "learned", a LearnedStep (parameter `step`, (out_features, 1)); "ternary",
+    TernaryLevels (parameter `levels`, (2,)), for Nbits=2. Nbits=None is exactly nn.Linear. Raises as STE and
+    code_range do, for Nbits already at construction, and ValueError for another quantizer.
     """
 
     def __init__(self, in_features, out_features, Nbits=None, symmetric=False, quantizer="minmax"):
@@ -247,9 +299,10 @@ class FP_Conv(_FixedPoint):
     """A 2D convolution (child `conv`, an nn.Conv2d) whose weight is quantized.
 
     Maps (N, in_channels, H, W) to (N, out_channels, H', W') as nn.Conv2d does. Nbits and symmetric as in
-    STE; a bias stays float. quantizer: "minmax", the STE, or "learned", a LearnedStep (parameter `step`,
-    (out_channels, 1, 1, 1)). Nbits=None is exactly nn.Conv2d. Raises as STE and code_range do, for Nbits
-    already at construction, and ValueError for another quantizer.
+    STE; a bias stays float. quantizer: "minmax", the STE; "learned", a LearnedStep (parameter `step`,
+    (out_channels, 1, 1, 1)); "ternary", TernaryLevels (parameter `levels`, (2,)), for Nbits=2. Nbits=None is
+    exactly nn.Conv2d. Raises as STE and code_range do, for Nbits already at construction, and ValueError for
+    another quantizer.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False,

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -26,12 +25,14 @@ class Run:
     question: str  # what the run answers
     start_from: str | None = "pretrain"  # run whose weights it starts from; None: random initialization
     Nbits: int | None = None  # bits per weight in the residual stages; None: float32
+    narrow_from: int | None = None  # bits to start with; each width above Nbits has a quarter of the epochs
     symmetric: bool = False  # levels symmetric around zero
-    quantizer: str = "minmax"  # as assigned, or "learned": a trained step for each channel, see FP_layers
+    quantizer: str = "minmax"  # as assigned; "learned", a trained step for each channel; "ternary": see FP_layers
     prune: str | None = None  # "layer" (a threshold for each layer), "global" (one for all) or None
     q: float = 0.0  # percentage of the weights pruned, final
     prune_epochs: int = 0  # 0: prune once, before epoch 1; n: to q*e/n before epoch e = 1..n
     hold_zeros: bool = True  # pruned weights stay zero (iterative runs: from the last pruning on)
+    regrow: bool = False  # pruned weights are trained out of sight and may come back, see pruning.DynamicPruning
     epochs: int = 20
     batch_size: int = 256  # images a step
     lr: float = 0.002  # peak learning rate
@@ -43,6 +44,7 @@ class Run:
     label_smoothing: float = 0.0
     distill: float = 0.0  # weight of what the teacher says beside the labels, 0 to 1
     teacher: str = "pretrain"  # run of the float model that is distilled from
+    average: float = 0.0  # decay, each step, of the moving average that is tested and kept; 0: none
     keep: str = "best"  # which epoch is shipped: "best" on the test set, as assigned, or "last"
     test_every: int = 1  # epochs between evaluations
     held_out: int = 0  # training images kept for testing in place of the test set, to choose a recipe by
@@ -81,16 +83,26 @@ RUNS = {
         *(Run(f"lab3d_{n}bit_improved", f"70 % pruned and {n}-bit weights, improved",
               start_from="lab2e_global_improved", Nbits=n, symmetric=n == 2, **IMPROVED, **STEP)
           for n in (4, 3, 2)),  # 2 bits: the codes -1, 0, 1
+        Run("lab3d_2bit_smallest", "88 % pruned and 2-bit weights, for the smallest file",
+            start_from="lab3d_2bit_improved", Nbits=2, symmetric=True, prune="global", q=88.0, prune_epochs=10,
+            **IMPROVED, **STEP),
         Run("ablation_float", "float model of the ablation, from scratch", epochs=10, held_out=5000, **FLOAT),
         *(Run(f"ablation_2bit_{part}", f"2-bit weights: {what}", Nbits=2, **ABLATION, **recipe)
           for part, what, recipe in (
               ("assigned", "assigned recipe", {}), ("rate", "and a higher rate, on a cosine", RATE),
-              ("step", "and a learned step", RATE | STEP), ("distill", "and distillation", RATE | STEP | DISTILL))),
+              ("step", "and a learned step", RATE | STEP), ("distill", "and distillation", RATE | STEP | DISTILL),
+              ("narrow", "rate and step, from 4 bits over 3 to 2", RATE | STEP | dict(narrow_from=4)),
+              ("average", "rate and step, and averaged weights", RATE | STEP | dict(average=0.998)))),
         *(Run(f"ablation_global_{part}", f"70 % pruned: {what}", prune="global", q=70.0, prune_epochs=2, **ABLATION,
               **recipe)
           for part, what, recipe in (
               ("assigned", "assigned recipe", {}), ("rate", "and a higher rate, on a cosine", RATE),
-              ("distill", "and distillation", RATE | DISTILL))),
+              ("distill", "and distillation", RATE | DISTILL),
+              ("regrow", "rate, and pruned weights that may come back", RATE | dict(regrow=True, hold_zeros=False)))),
+        *(Run(f"ablation_ternary_{part}", f"70 % pruned and 2-bit weights: rate, and {what}", prune="global", q=70.0,
+              prune_epochs=2, Nbits=2, symmetric=True, **ABLATION, **RATE, **recipe)
+          for part, what, recipe in (
+              ("step", "a learned step", STEP), ("levels", "two trained levels a layer", dict(quantizer="ternary")))),
         # Not assigned; for a reader who sets Nbits in hw4.ipynb to a width of Lab 3 (b) that has no run of its own.
         *(Run(f"lab3c_{n}bit", f"Lab 3 (c): {n}-bit weights", Nbits=n) for n in (6, 5)),
     ]
@@ -199,18 +211,40 @@ def build(name, device=None):
         return net.to(device)
 
 
-def prune_before_epoch(run, epoch, net):
-    """Prune `net`, in place, as `run` wants it before `epoch` (from 1); does nothing in other epochs."""
+def prune_before_epoch(run, epoch, net, dynamic=None):
+    """Prune `net`, in place, as `run` wants it before `epoch` (from 1); does nothing in other epochs.
+
+    dynamic: the pruning.DynamicPruning that is told what to prune instead, if the run has one.
+    """
     from pruning import global_prune_by_percentage, prunable_layers, prune_by_percentage
 
-    if run.prune is None or epoch > max(run.prune_epochs, 1):
+    q = run.q * min(epoch / max(run.prune_epochs, 1), 1)
+    if dynamic is not None:
+        dynamic.q = q
+        dynamic.restart()
+    elif run.prune is None or epoch > max(run.prune_epochs, 1):
         return
-    q = run.q * epoch / max(run.prune_epochs, 1)
-    if run.prune == "global":
+    elif run.prune == "global":
         global_prune_by_percentage(net, q)
     else:
         for _, layer in prunable_layers(net):
             prune_by_percentage(layer, q)
+
+
+def set_width_before_epoch(run, epoch, net):
+    """Set the bits of `net`, in place, that `run` has in `epoch` (from 1), and fit its steps where they change."""
+    from FP_layers import FP_Conv, FP_Linear
+    from train_utils import fit_steps
+
+    if run.narrow_from is None:
+        return
+    widths = [n for n in range(run.narrow_from, run.Nbits, -1) for _ in range(run.epochs // 4)]
+    widths += [run.Nbits] * (run.epochs - len(widths))
+    for layer in net.modules():
+        if isinstance(layer, (FP_Conv, FP_Linear)) and layer.Nbits is not None:
+            layer.Nbits = widths[epoch - 1]
+    if epoch == 1 or widths[epoch - 2] != widths[epoch - 1]:
+        fit_steps(net)
 
 
 def train_run(name, folder=SHIPPED):
@@ -219,7 +253,7 @@ def train_run(name, folder=SHIPPED):
     The run it starts from must be trained, in `folder` or among the shipped runs: else RecordError.
     """
     from cifar10 import hold_out
-    from pruning import layer_sparsity, sparsity
+    from pruning import DynamicPruning, layer_sparsity, sparsity
     from train_utils import evaluate, execution, fit, fit_steps, get_data, save_weights
 
     run = get(name)
@@ -232,6 +266,12 @@ def train_run(name, folder=SHIPPED):
         teacher = build(run.teacher)
         teacher_sha256 = _load_parent(run.teacher, teacher, folder, name)
 
+    dynamic = DynamicPruning(net) if run.regrow else None
+
+    def before_epoch(epoch, net):
+        prune_before_epoch(run, epoch, net, dynamic)
+        set_width_before_epoch(run, epoch, net)
+
     pruned_from = max(run.prune_epochs, 1)  # first epoch that starts at the final sparsity
     state_path = folder / f"{name}.resume.pt"
     device = next(net.parameters()).device
@@ -241,9 +281,8 @@ def train_run(name, folder=SHIPPED):
     history, best_state = fit(
         net, epochs=run.epochs, batch_size=run.batch_size, lr=run.lr, weight_decay=run.weight_decay,
         momentum=run.momentum, nesterov=run.nesterov, schedule=run.schedule, warmup=run.warmup,
-        label_smoothing=run.label_smoothing, teacher=teacher, distill=run.distill, **how, seed=run.seed,
-        test_every=run.test_every, data=data,
-        before_epoch=functools.partial(prune_before_epoch, run),
+        label_smoothing=run.label_smoothing, teacher=teacher, distill=run.distill, average=run.average, **how,
+        seed=run.seed, test_every=run.test_every, data=data, before_epoch=before_epoch, after_step=dynamic,
         hold_zeros_from=pruned_from if run.hold_zeros else None, best_from=pruned_from,
         state_path=state_path,
         state_tag={"config": dataclasses.asdict(run), "start_from_sha256": parent_sha256,
@@ -288,6 +327,9 @@ def _load_parent(name, net, folder, wanted_by):
         if record is not None and weights.exists():
             load_weights(net, weights)
             return record["weights_sha256"]
+    if any(read_record(name, place) for place in (folder, SHIPPED)):
+        raise RecordError(f"{wanted_by} starts from {name}, whose weights are not shipped: "
+                          f"python experiments.py run {name} --force")
     raise RecordError(f"{wanted_by} starts from {name}, which is {not_trained(name)}")
 
 

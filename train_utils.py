@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 import cifar10
@@ -51,7 +52,7 @@ def save_weights(net, path):
 def load_weights(net, path):
     """Load a state dict from `path` into `net`, in place, on the net's device; return the net.
 
-    A float checkpoint also loads into layers with a learned step, whose steps are then fitted to the weights.
+    A float checkpoint also loads into layers with a learned step or levels, which are then fitted to the weights.
     Raises FileNotFoundError if there is no such file, and ValueError if it is truncated, no state dict of
     this architecture, or holds NaN or infinite values; the net is unchanged then. Pickled code never runs.
     """
@@ -62,7 +63,7 @@ def load_weights(net, path):
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint of weights: {error}") from error
     expected = net.state_dict()
-    steps = {name for name in expected if name.endswith(".step")}
+    steps = {name for name in expected if name.endswith((".step", ".levels"))}
     fit_anew = isinstance(state, dict) and bool(steps) and not steps & state.keys()
     if fit_anew:
         expected = {name: tensor for name, tensor in expected.items() if name not in steps}
@@ -83,7 +84,7 @@ def load_weights(net, path):
 
 
 def fit_steps(net):
-    """Set every learned step in `net`, in place, to the least-squares one for its weights (FP_layers.fit_step)."""
+    """Set every learned step and level in `net`, in place, to what fits its weights (see FP_layers)."""
     for module in net.modules():
         if isinstance(module, (FP_Conv, FP_Linear)):
             module.reset_step()
@@ -243,8 +244,8 @@ def train_epoch(net, batches, optimizer, criterion, *, hold_zeros, bf16=False, f
 
 
 def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=False, schedule="constant",
-        warmup=0.0, label_smoothing=0.0, teacher=None, distill=0.0, bf16=False, compile=False, seed=0,
-        before_epoch=None, hold_zeros_from=1, test_every=1, best_from=1, data=None, state_path=None,
+        warmup=0.0, label_smoothing=0.0, teacher=None, distill=0.0, average=0.0, bf16=False, compile=False, seed=0,
+        before_epoch=None, after_step=None, hold_zeros_from=1, test_every=1, best_from=1, data=None, state_path=None,
         state_tag=None, name="training", log_every_n=50):
     """Train `net`, in place, with SGD on CIFAR-10; return (history, best_state).
 
@@ -256,6 +257,9 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     epoch tested, from epoch best_from on (before it, an iteratively pruned net is not sparse enough to count).
 
     teacher: a net on the same device from which to distill with weight `distill`, 0 to 1 (see SoftTargets).
+    average: above 0, the net that is tested, and that `net` ends as, is an exponential moving average, with this
+    decay a step, of weights and BatchNorm statistics. after_step(optimizer, args, kwargs) is called after each
+    step, see torch.optim.Optimizer.register_step_post_hook; what it puts into optimizer.state is kept with the state.
     bf16 and compile make it faster (see execution): bfloat16 autocast, and torch.compile.
 
     With state_path the whole state is kept there after each epoch, and a later call goes on from it, bit for
@@ -268,8 +272,8 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     OSError if state_path cannot be written, before any training.
     """
     _check(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, momentum=momentum, warmup=warmup,
-           label_smoothing=label_smoothing, distill=distill, seed=seed, test_every=test_every, best_from=best_from,
-           log_every_n=log_every_n)
+           label_smoothing=label_smoothing, distill=distill, average=average, seed=seed, test_every=test_every,
+           best_from=best_from, log_every_n=log_every_n)
     if hold_zeros_from is not None:
         _check(hold_zeros_from=hold_zeros_from)
     if bool(distill) != (teacher is not None):
@@ -284,9 +288,16 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, nesterov=nesterov,
                                 weight_decay=weight_decay, fused=True if device.type == "cuda" else None)
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-    history, best = [], {"accuracy": -1.0, "state": None}
+    history, best, averaged = [], {"accuracy": -1.0, "state": None}, None
+    if average:
+        averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(average), use_buffers=True)
     if state_path is not None and Path(state_path).exists():
-        history, best = _resume(state_path, state_tag, net, optimizer)
+        history, best = _resume(state_path, state_tag, net, optimizer, averaged)
+    if after_step is not None:
+        optimizer.register_step_post_hook(after_step)
+    if averaged is not None:
+        optimizer.register_step_post_hook(lambda *_: averaged.update_parameters(net))
+    tested = net if averaged is None else averaged.module
 
     forward = CompiledForOneSize(net) if compile else net
     if teacher is not None:
@@ -329,19 +340,23 @@ def fit(net, *, epochs, batch_size, lr, weight_decay, momentum=0.875, nesterov=F
             entry = {"epoch": epoch, "lr": learning_rate(schedule, lr, (epoch - 1) / epochs, warmup),
                      "train_loss": loss, "train_accuracy": accuracy}
             if epoch % test_every == 0 or epoch == epochs:
-                entry["test_loss"], entry["test_accuracy"] = evaluate(net, data)
-                entry["sparsity"] = sparsity(net)
+                if hold and averaged is not None:  # what was pruned on the way was averaged with what it had been
+                    apply_masks(tested, weight_masks(net))
+                entry["test_loss"], entry["test_accuracy"] = evaluate(tested, data)
+                entry["sparsity"] = sparsity(tested)
                 if epoch >= best_from and entry["test_accuracy"] > best["accuracy"]:
-                    best = {"accuracy": entry["test_accuracy"], "state": _snapshot(net)}
+                    best = {"accuracy": entry["test_accuracy"], "state": _snapshot(tested)}
             entry["seconds"] = time.perf_counter() - started
             history.append(entry)
             whole.keep()
             if state_path is not None:
                 atomic_save({"net": whole.state, "optimizer": optimizer.state_dict(), "history": history,
-                             "best": best, "tag": state_tag}, state_path)
+                             "best": best, "tag": state_tag, "average": averaged and averaged.state_dict()}, state_path)
             bar.update(epoch * steps - bar.n)
             bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}",
                             accuracy=f"{100 * entry.get('test_accuracy', accuracy):.2f}%")
+    if averaged is not None:
+        net.load_state_dict(tested.state_dict())
     return history, best["state"]
 
 
@@ -367,7 +382,7 @@ def _is_finite(net):
     return all(bool(torch.isfinite(parameter).all()) for parameter in net.parameters())
 
 
-def _resume(state_path, tag, net, optimizer):
+def _resume(state_path, tag, net, optimizer, averaged):
     try:
         state = torch.load(state_path, map_location=_device_of(net), weights_only=True)
         if state["tag"] != tag:
@@ -375,6 +390,8 @@ def _resume(state_path, tag, net, optimizer):
         with _LastWholeEpoch(net):  # what fits of another architecture would be loaded before it is refused
             net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
+        if averaged is not None:
+            averaged.load_state_dict(state["average"])
         return state["history"], state["best"]
     except Exception as error:
         raise ValueError(f"{state_path} cannot be resumed from ({error}); delete it to start over") from error
@@ -415,7 +432,7 @@ _ALLOWED = [  # arguments, what they must be, and what a number that is that ful
      lambda n: isinstance(n, numbers.Integral) and n >= 1),
     ("seed", "an integer >= 0", lambda n: isinstance(n, numbers.Integral) and n >= 0),
     ("lr weight_decay reg", "a finite number >= 0", lambda x: 0 <= x < math.inf),
-    ("momentum warmup", "a number from 0 to below 1", lambda x: 0 <= x < 1),
+    ("momentum warmup average", "a number from 0 to below 1", lambda x: 0 <= x < 1),
     ("label_smoothing distill weight progress", "a number from 0 to 1", lambda x: 0 <= x <= 1),
 ]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import cifar10
 import experiments
 from FP_layers import STE, FP_Conv, FP_Linear, check_n_bits, code_range
-from pruning import global_prune_by_percentage, prune_by_percentage
+from pruning import DynamicPruning, global_prune_by_percentage, prune_by_percentage
 from resnet20 import ResNet_Block, ResNetCIFAR
 from train_utils import SoftTargets, evaluate, finetune, fit, learning_rate, train, training_speed
 
@@ -75,6 +75,10 @@ CASES = [(f"fit {argument}", fitting(argument), argument, *case) for argument, c
     ("hold_out", lambda v: cifar10.hold_out(DATA, v), "n", st.one_of(no_count, st.integers(4)), "an integer from 1"),
     ("prune_by_percentage", lambda v: prune_by_percentage(NET.final_fc, v), "q", outside(0, 100), "from 0 to 100"),
     ("global_prune", lambda v: global_prune_by_percentage(NET, v), "q", outside(0, 100), "from 0 to 100"),
+    ("DynamicPruning", lambda v: DynamicPruning(NET, v), "q", outside(0, 100), "from 0 to 100"),
+    ("DynamicPruning every", lambda v: DynamicPruning(NET, 70.0, v), "every", no_count, "a positive integer"),
+    ("fit average", lambda v: fit(NET, epochs=1, batch_size=4, lr=0.1, weight_decay=0.0, average=v), "average",
+     outside(0, 1, high_is_out=True), "a number from 0 to below 1"),
     ("check_n_bits", check_n_bits, "Nbits", no_bits, "to 16"),
     ("check_n_bits symmetric", lambda v: check_n_bits(v, True), "Nbits", st.one_of(no_bits, st.just(1)), "None"),
     ("symmetric", lambda v: check_n_bits(4, v), "symmetric",
@@ -84,6 +88,7 @@ CASES = [(f"fit {argument}", fitting(argument), argument, *case) for argument, c
     ("FP_Conv", lambda v: FP_Conv(1, 1, 1, Nbits=v), "Nbits", no_bits, "to 16"),
     ("FP_Linear", lambda v: FP_Linear(1, 1, Nbits=v), "Nbits", no_bits, "to 16"),
     ("quantizer", lambda v: FP_Conv(1, 1, 1, quantizer=v), "quantizer", words, "minmax, learned"),
+    ("ternary", lambda v: FP_Linear(1, 1, Nbits=v, quantizer="ternary"), "Nbits", st.sampled_from([0, 1, 3, 16]), "2"),
     ("ResNet_Block", lambda v: ResNet_Block(1, 1, 1, Nbits=v), "Nbits", no_bits, "to 16"),
     ("ResNetCIFAR", lambda v: ResNetCIFAR(8, Nbits=v), "Nbits", no_bits, "to 16"),
     ("num_layers", ResNetCIFAR, "num_layers",

@@ -15,7 +15,9 @@ from torch import nn
 import experiments
 import train_utils
 from conftest import REPOSITORY
-from pruning import layer_sparsity, sparsity
+from FP_layers import code_range, fit_step
+from pruning import DynamicPruning, layer_sparsity, sparsity
+from resnet20 import ResNetCIFAR
 from train_utils import load_weights
 
 ASSIGNED = dict(epochs=20, batch_size=256, lr=0.002, schedule="constant", warmup=0.0, momentum=0.875, nesterov=False,
@@ -103,6 +105,33 @@ def test_other_runs_prune_once_or_not_at_all(name, expected, wide_net):
     wide_net[0].weight.data.fill_(1)
     experiments.prune_before_epoch(experiments.get(name), 2, wide_net)
     assert layer_sparsity(wide_net)["0"] == 0
+
+
+def test_bits_go_down_a_quarter_of_the_epochs_at_each_width():
+    run = experiments.Run("narrow", "", Nbits=2, narrow_from=4, quantizer="learned", epochs=8)
+    net = ResNetCIFAR(num_layers=8, Nbits=2, quantizer="learned")
+    layer, widths = net.body_op[0].conv1[0], []
+    for epoch in range(1, 9):
+        layer.step.data.mul_(1.01)  # as if trained
+        before = layer.step.detach().clone()
+        experiments.set_width_before_epoch(run, epoch, net)
+        widths.append(layer.Nbits)
+        assert torch.equal(layer.step, before) == (epoch not in (1, 3, 5))  # fitted anew where the width changes
+        if epoch in (1, 3, 5):
+            assert torch.equal(layer.step, fit_step(layer.weight, *code_range(layer.Nbits)))
+    assert widths == [4, 4, 3, 3, 2, 2, 2, 2] and net.head_conv[0].Nbits is None
+
+
+def test_a_run_that_regrows_tells_its_pruner_how_much_to_prune():
+    run = experiments.get("ablation_global_regrow")
+    net = ResNetCIFAR(num_layers=8)
+    dynamic, told = DynamicPruning(net), []
+    for epoch in range(1, 5):
+        dynamic.steps = 5
+        experiments.prune_before_epoch(run, epoch, net, dynamic)
+        told.append((dynamic.q, dynamic.steps))
+    assert told == [(35.0, 0), (70.0, 0), (70.0, 0), (70.0, 0)] and sparsity(net) == 0
+    assert run.regrow and not run.hold_zeros
 
 
 # ---------------------------------------------------------------- a laboratory with tiny runs in a folder of its own
@@ -310,6 +339,15 @@ def test_a_run_without_its_parent_says_what_to_train_first(lab):
         lab.train_run("iterative")
 
 
+def test_a_run_whose_parents_weights_are_not_shipped_says_how_to_make_them(lab, trained_once):
+    redefine(lab, "pretrain", held_out=28)
+    lab.main(["run", "pretrain", "--force"])
+    lab.weights_path("pretrain").unlink()
+    with pytest.raises(lab.RecordError, match="iterative starts from pretrain, whose .*run pretrain --force"):
+        lab.train_run("iterative")
+    assert lab.main(["run", "pretrain", "--force"]) == 0 and lab.train_run("iterative")
+
+
 def test_a_setting_that_came_later_counts_as_its_default(lab, trained_once):
     path = lab.SHIPPED / "pretrain.json"
     record = json.loads(path.read_text())
@@ -398,6 +436,13 @@ def test_a_child_with_a_learned_step_fits_it_to_its_own_width(lab, trained_once,
     layer.reset_step()
     assert torch.equal(layer.step, fitted)
     assert not torch.equal(lab.load_or_train("iterative")[0].body_op[0].conv1[0].step, fitted)
+
+
+def test_a_run_whose_pruned_weights_may_come_back_ends_as_sparse_as_it_should(lab, trained_once):
+    redefine(lab, "iterative", regrow=True, hold_zeros=False, keep="last")
+    record = lab.train_run("iterative")
+    assert [entry["sparsity"] for entry in record["history"]] == pytest.approx([0.35, 0.7, 0.7], abs=1e-3)
+    assert record["sparsity"] == record["history"][-1]["sparsity"]
 
 
 def test_distillation_is_from_the_float_model_and_recorded(lab, trained_once):

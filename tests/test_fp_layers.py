@@ -8,7 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from FP_layers import STE, FP_Conv, FP_Linear, LearnedStep, check_n_bits, code_range, fit_step
+from FP_layers import (
+    STE, FP_Conv, FP_Linear, LearnedStep, TernaryLevels, check_n_bits, code_range, fit_levels, fit_step,
+)
 
 BITS = range(1, 17)
 SYMMETRIC_BITS = range(2, 17)
@@ -277,6 +279,35 @@ def test_fitting_recovers_a_grid_exactly_and_survives_zeros():
     assert torch.allclose(fit_step(codes * 0.37, -1, 1), torch.tensor([[0.37], [1.0]]))
 
 
+# ---------------------------------------------------------------- trained ternary levels
+
+
+LEVELS = torch.tensor([0.3, 0.7])  # for negative and positive weights
+
+
+def test_ternary_levels_on_a_worked_example():
+    w = torch.tensor([-2.0, -0.11, -0.1, 0.0, 0.05, 0.1, 0.5])  # up to 0.05 * 2 counts as zero
+    assert TernaryLevels.apply(w, LEVELS).tolist() == pytest.approx([-0.3, -0.3, 0, 0, 0, 0, 0.7])
+
+
+def test_gradients_of_ternary_levels_are_those_of_the_chosen_levels():
+    w, levels = pruned_weights(0, (6, 4, 3, 3)).requires_grad_(), LEVELS.clone().requires_grad_()
+    large = w.detach().abs() > 0.05 * w.detach().abs().max()
+    composed = torch.where(large & (w > 0), levels[1], torch.where(large & (w < 0), -levels[0], 0.0))
+    upstream = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    expected, = torch.autograd.grad(composed, levels, upstream)
+    found = torch.autograd.grad(TernaryLevels.apply(w, levels), (w, levels), upstream)
+    assert torch.equal(found[0], upstream)
+    torch.testing.assert_close(found[1], expected / w.numel() ** 0.5)
+
+
+def test_fitted_levels_recover_a_ternary_tensor_and_survive_zeros():
+    ternary = torch.tensor([[-0.3, 0.0, 0.7], [0.7, 0.7, -0.3]])
+    torch.testing.assert_close(fit_levels(ternary), LEVELS)
+    torch.testing.assert_close(TernaryLevels.apply(ternary, fit_levels(ternary)), ternary)
+    assert fit_levels(torch.zeros(3)).tolist() == [1, 1]
+
+
 # ---------------------------------------------------------------- layers
 
 
@@ -327,6 +358,20 @@ def test_a_step_that_training_made_negative_still_works_by_its_size(case):
 
 
 @both_layers
+def test_a_layer_with_ternary_levels_starts_from_fitted_ones_and_trains_them(case):
+    layer, inner, _, x = case(Nbits=2, quantizer="ternary")
+    assert torch.equal(layer.levels, fit_levels(inner.weight))
+    assert torch.equal(layer.quantized_weight(), TernaryLevels.apply(inner.weight, layer.levels))
+    layer(x).square().sum().backward()
+    assert layer.levels.grad.any() and inner.weight.grad.any()
+    expected = layer(x)
+    layer.levels.data.neg_()  # training cannot flip them
+    assert torch.equal(layer(x), expected)
+    layer.reset_step()
+    assert torch.equal(layer.levels, fit_levels(inner.weight))
+
+
+@both_layers
 def test_resetting_fits_the_step_to_the_weight_as_it_is(case):
     layer, inner, _, _ = case(Nbits=3, quantizer="learned")
     before, parameter = layer.step.detach().clone(), layer.step
@@ -344,7 +389,7 @@ def test_without_bits_a_quantizer_has_no_step(case):
 
 @both_layers
 def test_another_quantizer_is_refused(case):
-    with pytest.raises(ValueError, match="quantizer must be one of minmax, learned, got 'log'"):
+    with pytest.raises(ValueError, match="quantizer must be one of minmax, learned, ternary, got 'log'"):
         case(Nbits=3, quantizer="log")
 
 

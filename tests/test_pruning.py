@@ -1,5 +1,6 @@
 """Pruning against np.percentile and torch.nn.utils.prune."""
 
+import copy
 from fractions import Fraction
 
 import numpy as np
@@ -12,8 +13,8 @@ from torch.nn.utils import prune
 
 from FP_layers import FP_Conv, FP_Linear
 from pruning import (
-    apply_masks, global_prune_by_percentage, layer_sparsity, prunable_layers, prune_by_percentage, sparsity,
-    weight_masks,
+    DynamicPruning, apply_masks, global_prune_by_percentage, layer_sparsity, prunable_layers, prune_by_percentage,
+    sparsity, weight_masks,
 )
 from resnet20 import ResNetCIFAR
 
@@ -157,7 +158,7 @@ def test_weights_that_are_not_finite_are_refused(prune_it, poison):
     assert layer.weight[0, :2].tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("function", [global_prune_by_percentage, sparsity])
+@pytest.mark.parametrize("function", [global_prune_by_percentage, sparsity, DynamicPruning])
 def test_a_net_without_layers_is_refused(function):
     with pytest.raises(ValueError, match="no conv or linear layer"):
         function(nn.ReLU())
@@ -179,6 +180,46 @@ def test_masks_bring_pruned_weights_back_to_zero_and_keep_the_others(net):
         assert torch.equal(layer.weight, torch.where(masks[name] == 0, 0, grown[name]))
     assert sparsity(net) == pytest.approx(0.7, abs=1e-3)
     assert torch.equal(net.body_op[1].id_mapping[0].conv.weight, shortcut)
+
+
+def test_dynamic_pruning_trains_pruned_weights_out_of_sight_and_brings_them_back():
+    """Two of five weights are pruned; gradients of one a step let the smallest overtake the others."""
+    layer = linear([1.0, 2.0, 3.0, 4.0, 5.0])
+    optimizer = torch.optim.SGD([layer.weight], lr=1.0)
+    optimizer.register_step_post_hook(DynamicPruning(nn.Sequential(layer), q=25, every=3))
+    seen = []
+    for gradient in ([0, 0, 0, 0, 0], [-1, 0, 0, 0, 0], [-1, 0, 0, 1, 0], [-2, 0, 0, 0, 0]):
+        layer.weight.grad = torch.tensor([gradient], dtype=torch.float32)
+        optimizer.step()
+        seen.append(layer.weight[0].tolist())
+    assert seen == [[0, 0, 3, 4, 5], [0, 0, 3, 4, 5], [0, 0, 3, 3, 5], [5, 0, 0, 0, 5]]
+
+
+def test_dynamic_pruning_of_a_net_is_exact_after_each_step_and_goes_on_from_the_optimizers_state(net):
+    def steps(net, optimizer, n):
+        for i in n:
+            net(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield sparsity(net)
+
+    def pruned_sgd(net):
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+        optimizer.register_step_post_hook(DynamicPruning(net, q=70.0, every=2))
+        return optimizer
+
+    optimizer = pruned_sgd(net)
+    assert list(steps(net, optimizer, range(4))) == pytest.approx([0.7] * 4, abs=1e-3)
+    resumed = ResNetCIFAR(num_layers=8)
+    resumed.load_state_dict(net.state_dict())
+    again = pruned_sgd(resumed)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = weight_masks(net)
+    for which in ((net, optimizer), (resumed, again)):
+        list(steps(*which, range(4, 7)))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters()))
+    grown = sum(int(((before[name] == 0) & (layer.weight != 0)).sum()) for name, layer in prunable_layers(net))
+    assert grown > 0
 
 
 def test_masks_of_another_net_are_refused(net):

@@ -22,8 +22,8 @@ import cifar10
 import train_utils
 from cifar10 import Batches, normalize
 from conftest import REPOSITORY
-from FP_layers import fit_step
-from pruning import global_prune_by_percentage, prunable_layers, sparsity, weight_masks
+from FP_layers import fit_levels, fit_step
+from pruning import DynamicPruning, global_prune_by_percentage, prunable_layers, sparsity, weight_masks
 from resnet20 import ResNetCIFAR
 from train_utils import (
     SoftTargets, atomic_save, evaluate, execution, finetune, finetune_after_prune, fit, learning_rate, load_weights,
@@ -560,6 +560,74 @@ def test_learned_steps_are_trained_and_zeros_are_held(small_cifar, n_bits, symme
     history, _ = fit(net, epochs=2, batch_size=64, lr=0.05, weight_decay=1e-4, data=small_cifar)
     assert not torch.equal(net.body_op[0].conv1[0].step, steps)
     assert [entry["sparsity"] for entry in history] == [before, before] == [sparsity(net)] * 2
+
+
+def test_ternary_levels_are_trained_and_fitted_to_a_float_checkpoint(net, small_cifar, tmp_path):
+    save_weights(net, tmp_path / "float.pt")
+    ternary = load_weights(make_net(Nbits=2, quantizer="ternary"), tmp_path / "float.pt")
+    layer = ternary.body_op[0].conv1[0]
+    before = layer.levels.detach().clone()
+    assert torch.equal(before, fit_levels(layer.weight))
+    fit(ternary, epochs=1, batch_size=64, lr=0.05, weight_decay=1e-4, data=small_cifar)
+    assert not torch.equal(layer.levels, before) and len(layer.quantized_weight().unique()) == 3
+
+
+def average_by_hand(states, decay):
+    averaged = {name: tensor.clone() for name, tensor in states[0].items()}
+    for state in states[1:]:
+        for name, tensor in state.items():
+            if tensor.is_floating_point():
+                averaged[name].mul_(decay).add_((1 - decay) * tensor)
+    return averaged
+
+
+def test_averaging_tests_and_ends_with_the_moving_average_of_all_steps(net, small_cifar):
+    states, plain = [], copy.deepcopy(net)
+    recipe = dict(epochs=2, batch_size=64, lr=0.05, weight_decay=1e-4, data=small_cifar)
+    plain_history, _ = fit(plain, after_step=lambda *_: states.append(state_of(plain)), **recipe)
+    history, best = fit(net, average=0.6, **recipe)
+    expected = average_by_hand(states, 0.6)
+    assert len(states) == 8
+    for name, tensor in net.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, expected[name])
+    assert [e["train_loss"] for e in history] == [e["train_loss"] for e in plain_history]  # training is what it was
+    assert history[-1]["test_loss"] == pytest.approx(evaluate(net, small_cifar)[0], rel=1e-5)
+    assert history[-1]["test_loss"] != pytest.approx(plain_history[-1]["test_loss"], rel=1e-3)
+    assert best.keys() == net.state_dict().keys()
+
+
+def test_an_average_of_a_net_that_was_pruned_on_the_way_is_as_sparse(net, small_cifar):
+    history, _ = fit(net, data=small_cifar, before_epoch=prune_in_epoch_2, average=0.99, **RECIPE)
+    assert [entry["sparsity"] for entry in history[1:]] == pytest.approx([0.5, 0.5], abs=1e-3)
+    assert sparsity(net) == history[-1]["sparsity"]
+
+
+@pytest.mark.parametrize("options", [dict(average=0.9), dict(regrow=True)], ids=str)
+def test_what_is_kept_beside_the_weights_resumes_bit_for_bit(small_cifar, tmp_path, options):
+    def arguments(net):
+        dynamic = DynamicPruning(net, 50.0, every=3)
+        return (dict(after_step=dynamic, before_epoch=lambda epoch, net: dynamic.restart()) if "regrow" in options
+                else options) | dict(data=small_cifar) | RECIPE | dict(hold_zeros_from=None)
+
+    nets = [make_net() for _ in range(3)]
+    fit(nets[0], **arguments(nets[0]))
+    fit(nets[1], state_path=tmp_path / "state.pt", **arguments(nets[1]))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert len(state["history"]) == 3 and same(nets[1].state_dict(), nets[0].state_dict())
+
+    def stop(epoch, net):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        arguments_of_third.get("before_epoch", lambda *_: None)(epoch, net)
+
+    (tmp_path / "state.pt").unlink()
+    arguments_of_third = arguments(nets[2])
+    with pytest.raises(KeyboardInterrupt):
+        fit(nets[2], state_path=tmp_path / "state.pt", **arguments_of_third | dict(before_epoch=stop))
+    resumed = make_net()
+    fit(resumed, state_path=tmp_path / "state.pt", **arguments(resumed))
+    assert same(resumed.state_dict(), nets[0].state_dict())
 
 
 def test_short_runs_stay_eager_and_a_cpu_without_a_compiler_too(monkeypatch):
