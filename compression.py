@@ -80,6 +80,18 @@ def _codes(value, step):
     return codes if few and np.array_equal(codes.astype(np.float32) * along_channels(step, value), value) else None
 
 
+def _drop_idle_scales(values):
+    """Set to zero, in place, the BatchNorm scale of each channel whose weights are all zero.
+
+    It scales nothing. Where training let the channel's variance vanish it is so large that the other scales, which
+    are rounded to one grid with it, would be lost.
+    """
+    for name, weight in values.items():
+        norm = name.removesuffix(".0.conv.weight") + ".1"
+        if norm in values:
+            values[norm][0, ~weight.reshape(len(weight), -1).any(1)] = 0
+
+
 def _fold_steps(values, steps):
     """Move convolutions' steps into the BatchNorms behind them, in place: one float a channel less.
 
@@ -127,6 +139,7 @@ def _parts(net, coder, float_bits):
     values, steps = _values(copy.deepcopy(net).cpu().float())
     _check_finite({name: torch.from_numpy(value) for name, value in values.items()})
     if float_bits < 32:
+        _drop_idle_scales(values)
         _fold_steps(values, steps)
     return [_part(name, values[name], steps.get(name), coder, float_bits) for name in _stored(net)]
 

@@ -156,6 +156,19 @@ def test_rounded_floats_change_logits_little(float_bits, tolerance, four_bits, t
         assert 0 < difference < tolerance
 
 
+@pytest.mark.parametrize("quantizer", [dict(), dict(Nbits=4, quantizer="learned")], ids=str)
+def test_a_channel_without_weights_does_not_coarsen_the_others(quantizer, images):
+    """Its variance has vanished, so that its scale is a hundred times the others'."""
+    net = lively_net(**quantizer).eval()
+    conv, norm = net.body_op[0].conv1[:2]
+    conv.conv.weight.data[3] = 0
+    norm.running_var[3] = 0
+    difference = (decompress(compress(net, float_bits=8))(images) - net(images)).abs().max()
+    assert 0 < difference < 0.7
+    decoded = decompress(compress(net, float_bits=8)).body_op[0].conv1[1].weight
+    assert decoded[3] == 0 and decoded.abs().max() < 10
+
+
 def test_folded_steps_leave_whole_numbers(ternary):
     restored = decompress(compress(ternary, float_bits=16))
     for block in restored.body_op:
