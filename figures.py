@@ -179,23 +179,25 @@ def plot_size(methods, pair, cut, baseline=None, limit=None):
     """Draw accuracy in % against file size in bytes, on a log axis; returns the two Axes of `pair`.
 
     methods: {label: {model: (bytes, fraction)}}; a thin line joins the sizes of a model, which is numbered at its
-    place in the last method, and named beside. pair: of broken_axes(); models above `cut`, a fraction, are in the
-    upper one. baseline: the float model's accuracy, a fraction, drawn as a dashed line; limit: a size in bytes,
-    drawn as a dotted one.
+    place in the last method that has it, and named beside. pair: of broken_axes(); models above `cut`, a fraction,
+    are in the upper one. baseline: the float model's accuracy, a fraction, drawn as a dashed line; limit: a size in
+    bytes, drawn as a dotted one.
     """
     upper, lower = pair
     for i, (label, models) in enumerate(methods.items()):
         for ax in pair:
             inside = [(size, 100 * accuracy) for size, accuracy in models.values() if (accuracy > cut) == (ax is upper)]
             ax.plot(*zip(*inside or [(np.nan, np.nan)]), label=label, **(style(i) | {"linestyle": "none"}))
-    numbered = list(enumerate(models, start=1))
+    numbered = list(enumerate(dict.fromkeys(model for models in methods.values() for model in models), start=1))
     for number, model in numbered:
-        size, accuracy = models[model]
+        places = [models[model] for models in methods.values() if model in models]
+        size, accuracy = places[-1]
         ax = upper if accuracy > cut else lower
         ax.annotate(number, (size, 100 * accuracy), (-5, 0), textcoords="offset points", fontsize=7,
                     ha="right", va="center")
-        places = [by_model[model] for by_model in methods.values() if model in by_model]
-        ax.plot([size for size, _ in places], [100 * y for _, y in places], color="0.8", linewidth=0.7, zorder=0)
+        for ax in pair:  # an artist, not a plot: what is out of its range must not widen it
+            line = [size for size, _ in places], [100 * accuracy for _, accuracy in places]
+            ax.add_artist(plt.Line2D(*line, color="0.8", linewidth=0.7, zorder=0))
     key = "\n".join(f"{number}  {model}" for number, model in numbered)
     upper.text(1.02, 1, key, transform=upper.transAxes, va="top", fontsize=7)
     if baseline is not None:

@@ -130,8 +130,8 @@ def evaluate(net, data=None, batch_size=None):
 _tested = {}  # fingerprint of a net: the data it was tested on, and what evaluate returned
 
 
-def test(net):
-    """Print the net's loss and accuracy on CIFAR-10's test set and return the accuracy, a fraction.
+def test(net, verbose=True):
+    """Print, if verbose, the net's loss and accuracy on CIFAR-10's test set and return the accuracy, a fraction.
 
     A net that computes what an earlier one did (same quantized weights, see inference.fingerprint) is not
     evaluated again in the same process.
@@ -140,7 +140,8 @@ def test(net):
     if key is None or key not in _tested or _tested[key][0] is not data:
         _tested[key] = data, evaluate(net)
     loss, accuracy = _tested[key][1]
-    print(f"Test Loss={loss:.4f}, Test accuracy={accuracy:.4f}")
+    if verbose:
+        print(f"Test Loss={loss:.4f}, Test accuracy={accuracy:.4f}")
     return accuracy
 
 

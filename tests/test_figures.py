@@ -39,6 +39,8 @@ def test_a_group_has_crosses_exactly_where_it_is_zero(ax):
 
 def test_sizes_stand_at_their_bytes_and_each_model_is_named_once():
     methods = {"range": {"a": (3000, 0.5), "b": (9000, 0.9)}, "context": {"a": (2000, 0.5), "b": (8000, 0.8)}}
+    with_c = methods | {"range": methods["range"] | {"c": (7000, 0.9)}}
+    assert figures.plot_size(with_c, figures.broken_axes(), 0.7)[0].texts[-1].get_text() == "1  a\n2  b\n3  c"
     upper, lower = figures.plot_size(methods, figures.broken_axes(), 0.7, 0.95, 2500)
     drawn = [{line.get_label(): line for line in ax.get_lines()} for ax in (upper, lower)]
     assert [[lines[method].get_xydata().tolist() for method in methods] for lines in drawn] == [

@@ -148,6 +148,7 @@ def test_test_prints_the_line_of_the_homework(net, capsys):
     loss, accuracy = evaluate(net)
     assert train_utils.test(net) == accuracy
     assert capsys.readouterr().out == f"Test Loss={loss:.4f}, Test accuracy={accuracy:.4f}\n"
+    assert train_utils.test(net, verbose=False) == accuracy and capsys.readouterr().out == ""
 
 
 # ---------------------------------------------------------------- recipes
