@@ -89,20 +89,22 @@ RUNS = {
         Run("ablation_float", "float model of the ablation, from scratch", epochs=10, held_out=5000, **FLOAT),
         *(Run(f"ablation_2bit_{part}", f"2-bit weights: {what}", Nbits=2, **ABLATION, **recipe)
           for part, what, recipe in (
-              ("assigned", "assigned recipe", {}), ("rate", "and a higher rate, on a cosine", RATE),
-              ("step", "and a learned step", RATE | STEP), ("distill", "and distillation", RATE | STEP | DISTILL),
+              ("assigned", "assigned recipe", {}), ("rate", "higher rate, on a cosine", RATE),
+              ("step", "that rate and a learned step", RATE | STEP),
+              ("distill", "rate, step and distillation", RATE | STEP | DISTILL),
               ("narrow", "rate and step, from 4 bits over 3 to 2", RATE | STEP | dict(narrow_from=4)),
-              ("average", "rate and step, and averaged weights", RATE | STEP | dict(average=0.998)))),
+              ("average", "rate, step and averaged weights", RATE | STEP | dict(average=0.998)))),
         *(Run(f"ablation_global_{part}", f"70 % pruned: {what}", prune="global", q=70.0, prune_epochs=2, **ABLATION,
               **recipe)
           for part, what, recipe in (
-              ("assigned", "assigned recipe", {}), ("rate", "and a higher rate, on a cosine", RATE),
-              ("distill", "and distillation", RATE | DISTILL),
-              ("regrow", "rate, and pruned weights that may come back", RATE | dict(regrow=True, hold_zeros=False)))),
-        *(Run(f"ablation_ternary_{part}", f"70 % pruned and 2-bit weights: rate, and {what}", prune="global", q=70.0,
-              prune_epochs=2, Nbits=2, symmetric=True, **ABLATION, **RATE, **recipe)
+              ("assigned", "assigned recipe", {}), ("rate", "higher rate, on a cosine", RATE),
+              ("distill", "that rate and distillation", RATE | DISTILL),
+              ("regrow", "that rate, and pruned weights may come back", RATE | dict(regrow=True, hold_zeros=False)))),
+        *(Run(f"ablation_ternary_{part}", f"70 % pruned and 2-bit weights: the same rate and {what}", prune="global",
+              q=70.0, prune_epochs=2, Nbits=2, symmetric=True, **ABLATION, **RATE, **recipe)
           for part, what, recipe in (
-              ("step", "a learned step", STEP), ("levels", "two trained levels a layer", dict(quantizer="ternary")))),
+              ("step", "a learned step", STEP),
+              ("levels", "two trained levels a layer, no step", dict(quantizer="ternary")))),
         # Not assigned; for a reader who sets Nbits in hw4.ipynb to a width of Lab 3 (b) that has no run of its own.
         *(Run(f"lab3c_{n}bit", f"Lab 3 (c): {n}-bit weights", Nbits=n) for n in (6, 5)),
     ]
