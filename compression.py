@@ -126,23 +126,29 @@ def _part(name, value, step, coder, float_bits):
 
 
 @torch.no_grad()
-def _parts(net, coder, float_bits):
-    """Return the Parts of all that is stored of `net`; raises as compress does."""
+def _snapshot(net):
+    """Return what _values does, of a copy of `net` in float32 on the CPU; raises as compress does for a bad net."""
     if not isinstance(net, ResNetCIFAR):
         raise TypeError(f"net must be a ResNetCIFAR, got {type(net).__name__}")
     if net.num_layers > container.MAX_LAYERS:
         raise ValueError(f"net must have at most {container.MAX_LAYERS} layers, got {net.num_layers}")
+    _check_finite(net.state_dict())
+    values, steps = _values(copy.deepcopy(net).cpu().float())
+    _check_finite({name: torch.from_numpy(value) for name, value in values.items()})
+    return values, steps
+
+
+def _parts(snapshot, coder, float_bits):
+    """Return the Parts of all that is stored of a net; raises as compress does for the other arguments."""
     if coder not in container.CODERS:
         raise ValueError(f"coder must be one of {', '.join(container.CODERS)}, got {coder!r}")
     if isinstance(float_bits, bool) or float_bits not in container.FLOAT_BITS:
         raise ValueError(f"float_bits must be one of {', '.join(map(str, container.FLOAT_BITS))}, got {float_bits!r}")
-    _check_finite(net.state_dict())
-    values, steps = _values(copy.deepcopy(net).cpu().float())
-    _check_finite({name: torch.from_numpy(value) for name, value in values.items()})
+    values, steps = ({name: array.copy() for name, array in arrays.items()} for arrays in snapshot)
     if float_bits < 32:
         _drop_idle_scales(values)
         _fold_steps(values, steps)
-    return [_part(name, values[name], steps.get(name), coder, float_bits) for name in _stored(net)]
+    return [_part(name, value, steps.get(name), coder, float_bits) for name, value in values.items()]
 
 
 def _check_finite(tensors):
@@ -165,8 +171,7 @@ def compress(net, coder="context", float_bits=32):
     Raises TypeError or ValueError for arguments out of range, and CompressionError if the net holds NaN or
     infinite values, or ones too large for fewer than 32 bits.
     """
-    parts = _parts(net, coder, float_bits)
-    return container.write(net.num_layers, coder, float_bits, parts)
+    return container.write(net.num_layers, coder, float_bits, _parts(_snapshot(net), coder, float_bits))
 
 
 def decompress(data):
@@ -199,7 +204,9 @@ def _expected(num_layers):
 
 def compress_all(net):
     """Return {method: the bytes of a file} for each of METHODS; raises as compress does."""
-    return {method: compress(net, *options) for method, options in METHODS.items()}
+    snapshot = _snapshot(net)
+    return {method: container.write(net.num_layers, coder, float_bits, _parts(snapshot, coder, float_bits))
+            for method, (coder, float_bits) in METHODS.items()}
 
 
 def entropy_bound(net):
@@ -208,7 +215,7 @@ def entropy_bound(net):
     The floats count with 32 bits. A bound on "Huffman" and "range"; "context" can be smaller, as it does not
     take weights for independent.
     """
-    parts = _parts(net, "range", 32)
+    parts = _parts(_snapshot(net), "range", 32)
     coded = [(part.symbols, part.record.alphabet) for part in parts if part.symbols is not None]
     symbols = coders.entropy_bytes(*zip(*coded)) if coded else 0
     return math.ceil(symbols) + sum(len(container.float_bytes(part, 32)) for part in parts)
