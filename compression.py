@@ -171,7 +171,8 @@ def compress(net, coder="context", float_bits=32):
     Raises TypeError or ValueError for arguments out of range, and CompressionError if the net holds NaN or
     infinite values, or ones too large for fewer than 32 bits.
     """
-    return container.write(net.num_layers, coder, float_bits, _parts(_snapshot(net), coder, float_bits))
+    parts = _parts(_snapshot(net), coder, float_bits)
+    return container.write(net.num_layers, coder, float_bits, parts)
 
 
 def decompress(data):
