@@ -195,8 +195,8 @@ def plot_size(methods, pair, cut, baseline=None, limit=None):
         ax = upper if accuracy > cut else lower
         ax.annotate(number, (size, 100 * accuracy), (-5, 0), textcoords="offset points", fontsize=7,
                     ha="right", va="center")
+        line = [size for size, _ in places], [100 * accuracy for _, accuracy in places]
         for ax in pair:  # an artist, not a plot: what is out of its range must not widen it
-            line = [size for size, _ in places], [100 * accuracy for _, accuracy in places]
             ax.add_artist(plt.Line2D(*line, color="0.8", linewidth=0.7, zorder=0))
     key = "\n".join(f"{number}  {model}" for number, model in numbered)
     upper.text(1.02, 1, key, transform=upper.transAxes, va="top", fontsize=7)
