@@ -61,7 +61,6 @@ STEP = dict(quantizer="learned")
 DISTILL = dict(distill=0.5)
 IMPROVED = RATE | DISTILL | dict(keep="last")
 ABLATION = dict(start_from="ablation_float", teacher="ablation_float", epochs=4, held_out=5000, keep="last")
-LONG = dict(start_from="ablation_long_float", teacher="ablation_long_float", held_out=5000, keep="last")
 
 RUNS = {
     run.name: run
@@ -106,18 +105,6 @@ RUNS = {
           for part, what, recipe in (
               ("step", "a learned step", STEP),
               ("levels", "two trained levels a layer, no step", dict(quantizer="ternary")))),
-        # Distillation acts as a regularizer, so it is measured over all 20 epochs too, from a float model that fits the
-        # images it was trained on about as well as the shipped one.
-        Run("ablation_long_float", "float model of the ablation in 20 epochs, from scratch", epochs=40, held_out=5000,
-            **FLOAT),
-        *(Run(f"ablation_long_2bit_{part}", f"2-bit weights, 20 epochs: {what}", Nbits=2, **LONG, **recipe)
-          for part, what, recipe in (
-              ("step", "higher rate and a learned step", RATE | STEP),
-              ("distill", "rate, step and distillation", RATE | STEP | DISTILL))),
-        *(Run(f"ablation_long_global_{part}", f"70 % pruned, 20 epochs: {what}", prune="global", q=70.0,
-              prune_epochs=10, **LONG, **recipe)
-          for part, what, recipe in (
-              ("rate", "higher rate, on a cosine", RATE), ("distill", "that rate and distillation", RATE | DISTILL))),
         # Not assigned; for a reader who sets Nbits in hw4.ipynb to a width of Lab 3 (b) that has no run of its own.
         *(Run(f"lab3c_{n}bit", f"Lab 3 (c): {n}-bit weights", Nbits=n) for n in (6, 5)),
     ]
