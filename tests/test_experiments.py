@@ -470,10 +470,19 @@ def test_the_last_step_of_each_ablation_is_the_improved_recipe_in_a_fifth_of_the
             "name", "question", "held_out", "epochs", "prune_epochs", "start_from", "teacher"}
 
 
+def test_the_long_ablation_is_the_improved_recipe_with_and_without_distillation():
+    for with_it, without, improved in (("2bit_distill", "2bit_step", "lab3c_2bit_improved"),
+                                       ("global_distill", "global_rate", "lab2e_global_improved")):
+        a, b, c = (dataclasses.asdict(experiments.get(name))
+                   for name in (f"ablation_long_{with_it}", f"ablation_long_{without}", improved))
+        assert {key for key in a if a[key] != b[key]} == {"name", "question", "distill"} and b["distill"] == 0
+        assert {key for key in a if a[key] != c[key]} == {"name", "question", "held_out", "start_from", "teacher"}
+
+
 def test_nothing_in_the_ablation_has_seen_the_images_that_it_is_tested_on():
     ablation = [run for name, run in experiments.RUNS.items() if name.startswith("ablation_")]
     for run in ablation:
-        seen = {run.start_from, run.teacher} - {None} if run.name != "ablation_float" else set()
+        seen = {run.start_from, run.teacher} if run.start_from else set()
         assert run.held_out == 5000 and run.seed == 0
         assert all(experiments.get(name).held_out == 5000 for name in seen)
 
