@@ -1,15 +1,14 @@
 """Magnitude pruning: which layers, which weights, and masks that keep pruned weights at zero."""
 
 import math
-import numbers
 
 import torch
 import torch.nn as nn
 
-__all__ = [
-    "prunable_layers", "prune_by_percentage", "global_prune_by_percentage",
-    "DynamicPruning", "weight_masks", "apply_masks", "sparsity", "layer_sparsity",
-]
+from arguments import PERCENTAGE, check
+
+__all__ = ["prunable_layers", "prune_by_percentage", "global_prune_by_percentage",
+           "prune_before_epoch", "weight_masks", "apply_masks", "sparsity", "layer_sparsity"]
 
 
 def prunable_layers(net):
@@ -25,14 +24,9 @@ def prunable_layers(net):
     ]
 
 
-def _check_percentage(q):
-    if isinstance(q, bool) or not isinstance(q, numbers.Real) or not 0 <= q <= 100:
-        raise ValueError(f"q must be a percentage from 0 to 100, got {q!r}")
-
-
 def _threshold(magnitudes, q):
     """Return the q-th percentile of a tensor of magnitudes, linearly interpolated as NumPy does."""
-    _check_percentage(q)
+    check(PERCENTAGE, q=q)
     if not torch.isfinite(magnitudes).all():
         raise ValueError("weights must be finite to be ranked, got NaN or infinite ones")
     ordered = magnitudes.flatten().double().sort().values  # torch.quantile refuses more than 2^24 elements
@@ -73,48 +67,16 @@ def global_prune_by_percentage(net, q=70.0):
             layer.weight.masked_fill_(layer.weight.abs().double() <= threshold, 0)
 
 
-class DynamicPruning:
-    """Global pruning in which pruned weights go on being trained out of sight, and come back when they have grown.
-
-    To be called after each step of a torch.optim.Optimizer over the net's parameters (register_step_post_hook):
-    the step's change of a pruned weight is added to the dense one behind it, and every `every` steps the q % smallest
-    dense weights of all prunable layers are the ones at zero. The dense weights live in the optimizer's state,
-    beside the momentum. q may be set between steps; restart() begins a new count of them, as an epoch does.
-
-    Weight decay sees the net, so it does not shrink dense weights while they are pruned. Raises ValueError if `net`
-    has no prunable layer, q is outside 0 to 100 or `every` is no positive integer.
-
-    Source: Lin et al., "Dynamic Model Pruning with Feedback", ICLR 2020, equation 4 and section 4.
-    """
-
-    def __init__(self, net, q=0.0, every=16):
-        _check_percentage(q)
-        if isinstance(every, bool) or not isinstance(every, numbers.Integral) or every < 1:
-            raise ValueError(f"every must be a positive integer, got {every!r}")
-        self.weights = [layer.weight for _, layer in prunable_layers(net)]
-        if not self.weights:
-            raise ValueError("net has no conv or linear layer to prune")
-        self.q, self.every, self.steps = q, every, 0
-
-    def restart(self):
-        """Rank the weights anew after the next step."""
-        self.steps = 0
-
-    @torch.no_grad()
-    def __call__(self, optimizer, args, kwargs):
-        states = [optimizer.state[weight] for weight in self.weights]
-        for weight, state in zip(self.weights, states):
-            if "dense" in state:  # a pruned weight was at zero before the step, and now is what the step added
-                state["dense"].mul_(1 - state["kept"]).add_(weight)
-            else:
-                state["dense"] = weight.clone()
-        if self.steps % self.every == 0:
-            threshold = _threshold(torch.cat([state["dense"].abs().flatten() for state in states]), self.q)
-            for state in states:
-                state["kept"] = (state["dense"].abs().double() > threshold).to(state["dense"].dtype)
-        for weight, state in zip(self.weights, states):
-            weight.copy_(state["dense"] * state["kept"])
-        self.steps += 1
+def prune_before_epoch(net, pruning, epoch):
+    """Prune `net`, in place, as `pruning`, a training.recipe.Pruning, wants it before `epoch` (from 1)."""
+    q = pruning.percentage(epoch)
+    if q is None:
+        return
+    if pruning.method == "global":
+        global_prune_by_percentage(net, q)
+    else:
+        for _, layer in prunable_layers(net):
+            prune_by_percentage(layer, q)
 
 
 def weight_masks(net):

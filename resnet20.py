@@ -2,7 +2,7 @@
 
 import torch.nn as nn
 
-from FP_layers import FP_Conv, FP_Linear, check_n_bits
+from FP_layers import FP_Conv, FP_Linear, MinMax, check_n_bits
 
 __all__ = ["ResNet_Block", "ResNetCIFAR"]
 
@@ -15,7 +15,7 @@ class ResNet_Block(nn.Module):
     Nbits, symmetric and quantizer apply to all convolutions of the block; see FP_layers.FP_Conv.
     """
 
-    def __init__(self, in_chs, out_chs, strides, Nbits=None, symmetric=False, quantizer="minmax"):
+    def __init__(self, in_chs, out_chs, strides, Nbits=None, symmetric=False, quantizer=MinMax):
         super().__init__()
         fixed_point = {"Nbits": Nbits, "symmetric": symmetric, "quantizer": quantizer}
         self.conv1 = nn.Sequential(
@@ -52,14 +52,13 @@ class ResNetCIFAR(nn.Module):
     Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
     """
 
-    def __init__(self, num_layers=20, Nbits=None, symmetric=False, quantizer="minmax"):
+    def __init__(self, num_layers=20, Nbits=None, symmetric=False, quantizer=MinMax):
         super().__init__()
         if not isinstance(num_layers, int) or num_layers not in range(8, 10_000, 6):
             raise ValueError(f"num_layers must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {num_layers!r}")
         self.num_layers = num_layers
         self.Nbits = check_n_bits(Nbits, symmetric)
         self.symmetric = bool(symmetric)
-        self.quantizer = quantizer
 
         self.head_conv = nn.Sequential(
             FP_Conv(3, 16, kernel_size=3, stride=1, padding=1, bias=False, Nbits=None),

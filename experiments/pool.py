@@ -1,0 +1,100 @@
+"""Several runs at once: each in a process of its own, with one thread, as soon as its parents are ready."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+
+from experiments.records import ROOT
+from experiments.run import announce, train_run
+from experiments.runs import get
+
+__all__ = ["run"]
+
+
+def run(names, folder, jobs=None, as_recorded=False):
+    """Train the runs `names`, `jobs` at once; return the exit status, 1 if any of them failed.
+
+    jobs: None, as many as there are cores; a run that is alone is trained in this process, with all
+    threads. A run waits for those of `names` that it starts from or learns from. If one fails, those
+    that depend on it are left out and the others go on. Ctrl-C stops all; the same call goes on.
+    """
+    jobs = min(jobs or os.cpu_count(), len(names))
+    announce(names)
+    start = _train_here if jobs == 1 else _Child
+    waiting, running, failed = list(dict.fromkeys(names)), {}, set()
+    try:
+        while waiting or running:
+            for name in [name for name in waiting if _parents(name) & failed]:
+                print(f"{name}: left out, as {', '.join(_parents(name) & failed)} failed", flush=True)
+                waiting.remove(name)
+                failed.add(name)
+            ready = [name for name in waiting if not _parents(name) & {*waiting, *running}]
+            for name in ready[:jobs - len(running)]:
+                waiting.remove(name)
+                slot = min(set(range(jobs)) - {child.slot for child in running.values()})
+                running[name] = start(name, folder, as_recorded, slot)
+            for name, child in list(running.items()):
+                if child.poll() is not None:
+                    failed |= {name} if running.pop(name).poll() else set()
+            time.sleep(0.0 if jobs == 1 else 0.2)
+    finally:  # also on Ctrl-C, which the children may not have heard
+        for child in running.values():
+            child.stop()
+    return int(bool(failed))
+
+
+def _parents(name):
+    return {get(name).start_from, get(name).teacher} - {None}
+
+
+class _train_here:
+    """A run trained in this process, done when it is made."""
+
+    slot = 0
+
+    def __init__(self, name, folder, as_recorded, slot):
+        self.status = 0
+        try:
+            report(train_run(name, folder, as_recorded))
+        except (ValueError, RuntimeError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            self.status = 1
+
+    def poll(self):
+        return self.status
+
+    def stop(self):
+        pass
+
+
+class _Child:
+    """A run trained in a process of its own, whose progress bar is on line `slot`."""
+
+    def __init__(self, name, folder, as_recorded, slot):
+        command = [sys.executable, "-m", "experiments", "run", name, "--force", "--jobs", "1",
+                   "--into", str(folder.absolute()), *["--as-recorded"] * as_recorded]
+        environment = {"OMP_NUM_THREADS": "1", "TQDM_POSITION": str(slot)}
+        self.slot = slot
+        self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment)
+
+    def poll(self):
+        return self.process.poll()
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()  # its last whole epoch is on the disk
+
+
+def report(record):
+    """Print what a run reached."""
+    print(f"{record['name']}: best {100 * record['best']['test_accuracy']:.2f} % in epoch "
+          f"{record['best']['epoch']}, last {100 * record['last']['test_accuracy']:.2f} %, "
+          f"{record['seconds'] / 60:.1f} min, {record['images_per_second']:.0f} images/s", flush=True)

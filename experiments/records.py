@@ -1,0 +1,104 @@
+"""Where weights and records of runs are, and that they belong to the runs as they are defined."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from experiments.runs import get
+from files import atomic_write
+
+__all__ = ["RecordError", "SHIPPED", "RETRAINED", "weights_path", "record_path", "read_record",
+           "write_record", "sha256", "not_trained", "config_of"]
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "checkpoints"
+RETRAINED = ROOT / "build" / "retrained"  # RETRAIN=1 trains into here; shipped files stay as they are
+
+
+class RecordError(RuntimeError):
+    """A run's record or checkpoint does not belong to the run as it is defined."""
+
+
+def retraining():
+    """Return whether the environment has RETRAIN=1."""
+    return os.environ.get("RETRAIN", "0") not in ("", "0")
+
+
+def _place(name, folder):
+    """Return the folder of a run's files: the ablation's have their own among the shipped ones."""
+    inside = folder == SHIPPED and get(name).held_out
+    return folder / "ablation" if inside else folder
+
+
+def weights_path(name, folder=None):
+    """Return where the weights of run `name` are; the shipped float model lies at the top level."""
+    folder = SHIPPED if folder is None else folder
+    if (name, folder) == ("pretrain", SHIPPED):
+        return ROOT / "pretrained_model.pt"
+    return _place(name, folder) / f"{name}.pt"
+
+
+def record_path(name, folder=None):
+    """Return where the record of run `name` is."""
+    return _place(name, SHIPPED if folder is None else folder) / f"{name}.json"
+
+
+def sha256(path):
+    """Return the SHA-256 of a file as hex digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def config_of(run):
+    """Return a Run as nested dicts, as its record holds it."""
+    return dataclasses.asdict(run)
+
+
+def _differences(recorded, now, prefix=""):
+    """Return {setting: (recorded, now)} of two configs; one that only `now` has counts as its default."""
+    differ = {}
+    for key in recorded.keys() | now.keys():
+        a, b = recorded.get(key), now.get(key)
+        if isinstance(b, dict) and isinstance(a, dict):
+            differ |= _differences(a, b, f"{prefix}{key}.")
+        elif a != b and key != "question":  # a text, not a setting
+            differ[prefix + key] = (a, b)
+    return differ
+
+
+def read_record(name, folder=None):
+    """Return the record of run `name` as a dict, or None if it is not trained yet.
+
+    Raises RecordError if the record's config is not the run's, or if the weights beside it are missing
+    or not those that the run wrote. Weights of other seeds and of runs on held-out images are not
+    shipped, so they may be missing.
+    """
+    run, path, weights = get(name), record_path(name, folder), weights_path(name, folder)
+    again = f"train it again: python -m experiments run {name} --force"
+    try:
+        record = json.loads(path.read_text())
+        differ = _differences(record["config"], config_of(run))
+        written = record["weights_sha256"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecordError(f"{path} is damaged ({error!r}); restore it, or {again}") from error
+    if differ:
+        raise RecordError(f"{path} was trained with another config (recorded, now): {differ}; {again}")
+    optional = "@" in name or run.held_out
+    if sha256(weights) != written if weights.exists() else not optional:
+        raise RecordError(f"{weights} is not the file that the run in {path} wrote; restore it, "
+                          f"or {again}")
+    return record
+
+
+def write_record(record, folder=None):
+    """Write a run's record, whole or not at all."""
+    with atomic_write(record_path(record["name"], folder)) as file:
+        file.write((json.dumps(record, indent=1) + "\n").encode())
+
+
+def not_trained(name):
+    """Return the sentence that stands where the result of an untrained run would."""
+    return f"not trained yet: python -m experiments run {get(name).name}"

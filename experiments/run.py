@@ -1,0 +1,169 @@
+"""How a run is trained, recorded, resumed and loaded."""
+
+import platform
+
+import torch
+
+import train_utils
+from cifar10 import hold_out
+from experiments.records import (
+    RETRAINED, SHIPPED, RecordError, config_of, not_trained, read_record, record_path, retraining,
+    sha256, weights_path, write_record,
+)
+from experiments.runs import get
+from FP_layers import Learned, MinMax
+from pruning import layer_sparsity, sparsity
+from resnet20 import ResNetCIFAR
+from training.checkpoints import fit_quantizers, load_weights, read_state, save_weights
+from training.execution import Execution, fastest, seconds_a_step
+from training.journal import Journal
+
+__all__ = ["build", "train_run", "load_or_train", "announce", "seconds_needed"]
+
+QUANTIZERS = {"minmax": MinMax, "learned": Learned}
+
+
+def build(name, device=None):
+    """Return the untrained net of run `name` on `device`, the GPU if there is one."""
+    run = get(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.random.fork_rng():
+        torch.manual_seed(run.seed)
+        net = ResNetCIFAR(20, run.Nbits, run.symmetric, QUANTIZERS[run.quantizer])
+        return net.to(device)
+
+
+def train_run(name, folder=SHIPPED, as_recorded=False):
+    """Train run `name`, or go on with it where it was interrupted; write weights and record.
+
+    It runs in the way that is fastest here (see training.execution); as_recorded: in the way of its
+    record, which gives the same bits on the same machine. Returns the record. Raises RecordError
+    unless what it starts from and learns from is trained, in `folder` or among the shipped runs.
+    """
+    run = get(name)
+    net, teacher, start_sha256, teacher_sha256 = build(name), None, None, None
+    device = next(net.parameters()).device
+    if run.start_from is not None:
+        start_sha256 = _load_parent(run.start_from, net, folder, name)
+        fit_quantizers(net)  # a parent's steps belong to its own width
+    if run.teacher is not None:
+        teacher = build(run.teacher)
+        teacher_sha256 = _load_parent(run.teacher, teacher, folder, name)
+    data = train_utils.get_data(device)
+    data = hold_out(data, run.held_out) if run.held_out else data
+    state_path = weights_path(name, folder).with_name(f"{name}.resume.pt")
+    execution = _execution(run, net, len(data.train_images), state_path, folder, as_recorded)
+    tag = {"config": config_of(run), "start_from_sha256": start_sha256,
+           "teacher_sha256": teacher_sha256, "execution": vars(execution)}
+    history, best_state = train_utils.fit(
+        net, run.recipe, data, pruning=run.pruning, teacher=teacher, seed=run.seed,
+        execution=execution, journal=Journal(name, state_path, tag))
+    if run.keep == "best":
+        net.load_state_dict(best_state)
+    save_weights(net, weights_path(name, folder))
+    record = _record(run, net, data, history, tag, folder)
+    write_record(record, folder)
+    state_path.unlink(missing_ok=True)
+    return record
+
+
+def _execution(run, net, n_images, state_path, folder, as_recorded):
+    """Return how to train: as begun, if there is a state; else as recorded, if wished; else fastest."""
+    if state_path.exists():
+        return Execution(**(read_state(state_path)["tag"] or {}).get("execution", {}))
+    if as_recorded:
+        record = read_record(run.name, folder) or read_record(run.name)
+        if record is None:
+            raise RecordError(f"{run.name} has no record to run as: it is {not_trained(run.name)}")
+        return Execution(**record["execution"])
+    recipe = run.recipe
+    return fastest(net, recipe.batch_size, recipe.epochs * n_images // recipe.batch_size)
+
+
+def _record(run, net, data, history, tag, folder):
+    def result(entry):
+        return {key: entry[key] for key in ("epoch", "test_loss", "test_accuracy")}
+
+    tested = [entry for entry in history
+              if "test_accuracy" in entry and entry["epoch"] >= run.pruning.last_epoch]
+    loss, accuracy = train_utils.evaluate(net, data)
+    seconds = sum(entry["seconds"] for entry in history)
+    device = data.train_images.device
+    kind = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads")
+    return {
+        "name": run.name,
+        **tag,
+        "test_loss": loss,
+        "test_accuracy": accuracy,
+        "best": result(max(tested, key=lambda entry: entry["test_accuracy"])),
+        "last": result(tested[-1]),
+        "sparsity": sparsity(net),
+        "layer_sparsity": layer_sparsity(net),
+        "weights_sha256": sha256(weights_path(run.name, folder)),
+        "seconds": seconds,
+        "images_per_second": len(data.train_images) * len(history) / seconds,
+        "environment": {"device": kind, "python": platform.python_version(),
+                        "torch": torch.__version__},
+        "history": history,
+    }
+
+
+def _load_parent(name, net, folder, wanted_by):
+    """Load run `name`, from `folder` or the shipped ones, into `net`; return its weights' SHA-256."""
+    for place in (folder, SHIPPED):
+        record, weights = read_record(name, place), weights_path(name, place)
+        if record is not None and weights.exists():
+            load_weights(net, weights)
+            return record["weights_sha256"]
+    if any(read_record(name, place) for place in (folder, SHIPPED)):
+        raise RecordError(f"{wanted_by} starts from {name}, whose weights are not shipped: "
+                          f"python -m experiments run {name} --force")
+    raise RecordError(f"{wanted_by} starts from {name}, which is {not_trained(name)}")
+
+
+_retrained_here = set()  # runs that RETRAIN=1 has trained in this process: once each
+
+
+def load_or_train(name, net=None):
+    """Return (net, record) of run `name`: its shipped weights, or trained now if there are none.
+
+    With RETRAIN=1 in the environment the run is trained, once a process, into build/retrained, and
+    what it starts from is taken from there if it is there. Loads into `net`, in place, if one is
+    given. Raises RecordError if the shipped record does not belong to the run as defined, and as
+    load_weights does.
+    """
+    get(name)
+    folder = RETRAINED if retraining() else SHIPPED
+    if retraining() and name not in _retrained_here:
+        record_path(name, folder).unlink(missing_ok=True)
+    record = read_record(name, folder)
+    if record is None:
+        announce([name])
+        record = train_run(name, folder)
+    if retraining():
+        _retrained_here.add(name)
+    return load_weights(build(name) if net is None else net, weights_path(name, folder)), record
+
+
+# ---------------------------------------------------------------- how long it takes
+
+
+def seconds_needed(names, device=None):
+    """Return about how many seconds training the runs `names` takes on `device`, one after another.
+
+    From a few steps timed there, uncompiled and in float32: an upper bound more than a mean.
+    """
+    images = sum(run.recipe.epochs * (50_000 - run.held_out) * (1.25 if run.teacher else 1)
+                 for run in map(get, names))
+    return images / 256 * seconds_a_step(build("pretrain", device), 256)
+
+
+def announce(names):
+    """Print how long training the runs `names` will take here, before it starts."""
+    cpu = f"this CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    minutes = seconds_needed(names) / 60
+    time = (f"{minutes / 60:.1f} hours" if minutes > 90
+            else f"{minutes:.0f} minutes" if minutes >= 1 else "a minute")
+    print(f"{', '.join(names)}: at most about {time} of training on {where}", flush=True)

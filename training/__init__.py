@@ -1,0 +1,1 @@
+"""What the training loops of train_utils are made of."""

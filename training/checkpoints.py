@@ -1,0 +1,113 @@
+"""Weights on disk, and the state that an interrupted training goes on from."""
+
+import io
+
+import torch
+
+from files import atomic_write
+from FP_layers import FP_Conv, FP_Linear
+
+__all__ = ["atomic_save", "save_weights", "load_weights", "fit_quantizers", "snapshot",
+           "LastWholeEpoch", "read_state"]
+
+
+def atomic_save(object_, path):
+    """torch.save to `path`, whole or not at all; raises OSError, naming `path`, if it cannot be written."""
+    buffer = io.BytesIO()
+    torch.save(object_, buffer)  # in memory first: torch reports a full disk without a name
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def save_weights(net, path):
+    """Write the net's state dict to `path`, whole or not at all; nothing but tensors is in the file."""
+    atomic_save(snapshot(net), path)
+
+
+def snapshot(net):
+    """Return a copy of the net's state dict on the CPU."""
+    return {name: tensor.detach().cpu().clone().contiguous()
+            for name, tensor in net.state_dict().items()}
+
+
+def fit_quantizers(net):
+    """Fit what the quantizers in `net` have learned, in place, to its weights (see FP_layers)."""
+    for module in net.modules():
+        if isinstance(module, (FP_Conv, FP_Linear)):
+            module.fit_quantizer()
+
+
+def load_weights(net, path):
+    """Load a state dict from `path` into `net`, in place, on the net's device; return the net.
+
+    A float checkpoint also loads into layers with a learned step, which is then fitted to the weights.
+    Raises FileNotFoundError if there is no such file, and ValueError if it is truncated, no state
+    dict of this architecture, or holds NaN or infinite values; the net is unchanged then. Pickled
+    code never runs.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no checkpoint at {path}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint of weights: {error}") from error
+    expected = net.state_dict()
+    steps = {name for name in expected if name.endswith(".quantizer.step")}
+    fit_anew = isinstance(state, dict) and bool(steps) and not steps & state.keys()
+    if fit_anew:
+        expected = {name: tensor for name, tensor in expected.items() if name not in steps}
+    if not isinstance(state, dict) or state.keys() != expected.keys():
+        amiss = (sorted(map(str, expected.keys() ^ state.keys()))[:4]
+                 if isinstance(state, dict) else type(state))
+        raise ValueError(f"{path} is a checkpoint of another architecture; names not shared: {amiss}")
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, "
+                             f"not {tuple(expected[name].shape)}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite values")
+    net.load_state_dict(state, strict=not fit_anew)
+    if fit_anew:
+        fit_quantizers(net)
+    return net
+
+
+# ---------------------------------------------------------------- an interrupted training
+
+
+class LastWholeEpoch:
+    """A context in which `net` is trained: left by an error or Ctrl-C, it gets back the state last kept."""
+
+    def __init__(self, net):
+        self.net = net
+        self.keep()
+
+    def keep(self):
+        """Keep the net as it is now."""
+        self.state = snapshot(self.net)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None:
+            self.net.load_state_dict(self.state)
+
+
+def read_state(path, device="cpu"):
+    """Return what a training left at `path`, a dict. Raises ValueError, naming `path`, if it is damaged."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        missing = {"net", "optimizer", "average", "history", "best", "tag"} - state.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return state
+    except Exception as error:
+        raise cannot_resume(path, error) from error
+
+
+def cannot_resume(path, error):
+    """Return the ValueError that says so."""
+    return ValueError(f"{path} cannot be resumed from ({error}); delete it to start over")

@@ -1,0 +1,154 @@
+"""How a net is computed fastest on this machine: in bfloat16 or float32, compiled or not."""
+
+import copy
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from FP_layers import FP_Conv
+from training.batches import Batches
+
+__all__ = ["Execution", "fastest", "seconds_a_step"]
+
+MARGIN = 1.1  # how many times faster a candidate must be, so that noise does not flip the choice
+LONG = 1000  # steps from which on a run gains more than the choice and a compilation cost
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a net is computed: bf16, under bfloat16 autocast; compile, by torch.compile.
+
+    Weights stay float32.
+    """
+
+    bf16: bool = False
+    compile: bool = False
+
+    def of(self, net):
+        """Return a function that maps images, (B, 3, 32, 32), to the net's logits, float32."""
+        run = _CompiledForOneSize(net) if self.compile else net
+
+        def forward(images):
+            images = images.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                return run(images).float()
+
+        return forward
+
+
+class _CompiledForOneSize:
+    """A net compiled for batches of the size that comes first; others it takes uncompiled.
+
+    A second size would cost as much compilation as the first, and there is one such batch an epoch.
+    """
+
+    def __init__(self, net):
+        self.net, self.size = net, None
+        self.compiled = torch.compile(net, dynamic=False)
+
+    def __call__(self, x):
+        self.size = self.size or len(x)
+        return self.compiled(x) if len(x) == self.size else self.net(x)
+
+
+def fastest(net, batch_size, steps=math.inf):
+    """Return the Execution in which `net` trains fastest on its device, from a few steps of each.
+
+    For fewer than LONG steps that is float32, uncompiled, without a trial. bfloat16 is tried where
+    the hardware multiplies it and its convolutions are right (see bf16_is_right), compilation where a
+    C++ compiler is found. What takes more is taken only if it is MARGIN times faster.
+    """
+    chosen = Execution()
+    if steps < LONG:
+        return chosen
+    device = next(net.parameters()).device
+    seconds = seconds_a_step(net, batch_size, chosen)
+
+    def tried(chosen, seconds, candidate):
+        took = seconds_a_step(net, batch_size, candidate)
+        return (candidate, took) if MARGIN * took < seconds else (chosen, seconds)
+
+    if _has_bf16(device) and bf16_is_right(net):
+        chosen, seconds = tried(chosen, seconds, Execution(bf16=True))
+    if device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")):
+        chosen, seconds = tried(chosen, seconds, replace(chosen, compile=True))
+    return chosen
+
+
+def seconds_a_step(net, batch_size, how=Execution(), steps=4):
+    """Return the seconds that a training step of `net` takes, the least of `steps` after two others.
+
+    A copy of `net` is trained, on random images.
+    """
+    net = copy.deepcopy(net).to(memory_format=torch.channels_last).train()
+    device = next(net.parameters()).device
+    images = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, 10, (batch_size,), device=device)
+    optimizer, forward = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9), how.of(net)
+    seconds = []
+    for _ in range(2 + steps):
+        started = time.perf_counter()
+        for x, y in Batches(images, labels, batch_size, augment=True):
+            loss = F.cross_entropy(forward(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        loss.item()  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[2:])
+
+
+# ---------------------------------------------------------------- bfloat16
+
+
+def _has_bf16(device):
+    """Return whether the hardware of `device` multiplies bfloat16; without, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+
+
+def bf16_is_right(net, tolerance=0.01):
+    """Return whether each kind of convolution in `net` is right in bfloat16, forward and backward.
+
+    Right: output and both gradients differ from float32's, for the same rounded inputs, by at most
+    `tolerance` of their norm; bfloat16's own rounding is 0.002. Wrong kernels are reported on some
+    processors (pytorch issue 163347).
+    """
+    seen, device = {}, next(net.parameters()).device
+
+    def note(module, inputs):
+        seen[tuple(module.weight.shape), module.stride, inputs[0].shape[2:]] = module.padding
+
+    probe = copy.deepcopy(net)
+    for module in probe.modules():
+        if isinstance(module, FP_Conv):  # which calls F.conv2d, not its child
+            module.register_forward_pre_hook(
+                lambda outer, inputs: note(outer.conv, inputs))
+        elif isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(note)
+    with torch.no_grad():
+        probe(torch.zeros(1, 3, 32, 32, device=device))
+    generator = torch.Generator().manual_seed(0)
+    for (shape, stride, size), padding in seen.items():
+        x = torch.randn(8, shape[1], *size, generator=generator).to(device).bfloat16()
+        w = torch.randn(shape, generator=generator).to(device).bfloat16()
+        results = []
+        for dtype in (torch.float32, torch.bfloat16):
+            a = x.to(dtype, memory_format=torch.channels_last).requires_grad_()
+            b = w.to(dtype, memory_format=torch.channels_last).requires_grad_()
+            y = F.conv2d(a, b, stride=stride, padding=padding)
+            if not results:
+                g = torch.randn(y.shape, generator=generator).to(device).bfloat16()
+            results.append([y, *torch.autograd.grad(y, (a, b), g.to(dtype))])
+        for exact, rounded in zip(*results):
+            if (exact - rounded.float()).norm() > tolerance * exact.norm():
+                return False
+    return True
