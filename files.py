@@ -9,10 +9,11 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path):
-    """Open a binary file for writing that takes the place of `path` when the block ends without an error.
+    """Open a binary file for writing that takes the place of `path` when the block ends without an
+    error.
 
-    Until then `path` is what it was, also if the process is killed; missing parent folders are made. Raises
-    OSError naming `path` if it cannot be written (full disk, read-only folder).
+    Until then `path` is what it was, also if the process is killed; missing parent folders are
+    made. Raises OSError naming `path` if it cannot be written (full disk, read-only folder).
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -25,7 +26,9 @@ def atomic_write(path):
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(error.errno, f"cannot write {path} ({reason}); what was there before is intact") from error
+        raise OSError(
+            error.errno, f"cannot write {path} ({reason}); what was there before is intact"
+        ) from error
     finally:
         try:
             temporary.unlink(missing_ok=True)
@@ -34,7 +37,9 @@ def atomic_write(path):
 
 
 def check_writable(path):
-    """Raise OSError naming `path` if it could not be written now; better before hours of training than after."""
+    """Raise OSError naming `path` if it could not be written now; better before hours of training
+    than after.
+    """
     path = Path(path)
     try:
         if path.is_dir():
@@ -47,7 +52,8 @@ def check_writable(path):
 
 
 def replace_section(path, begin, end, text):
-    """Replace what stands between the marker lines `begin` and `end` of the text file at `path` by `text`.
+    """Replace what stands between the marker lines `begin` and `end` of the text file at `path` by
+    `text`.
 
     Raises ValueError if the lines are not there; the file is unchanged then.
     """

@@ -19,19 +19,31 @@ class ResNet_Block(nn.Module):
         super().__init__()
         fixed_point = {"Nbits": Nbits, "symmetric": symmetric, "quantizer": quantizer}
         self.conv1 = nn.Sequential(
-            FP_Conv(in_chs, out_chs, kernel_size=3, stride=strides, padding=1, bias=False, **fixed_point),
+            FP_Conv(
+                in_chs, out_chs, kernel_size=3, stride=strides, padding=1, bias=False, **fixed_point
+            ),
             nn.BatchNorm2d(out_chs),
             nn.ReLU(inplace=True),
         )
         self.conv2 = nn.Sequential(
-            FP_Conv(out_chs, out_chs, kernel_size=3, stride=1, padding=1, bias=False, **fixed_point),
+            FP_Conv(
+                out_chs, out_chs, kernel_size=3, stride=1, padding=1, bias=False, **fixed_point
+            ),
             nn.BatchNorm2d(out_chs),
         )
         if strides == 1 and in_chs == out_chs:
             self.id_mapping = nn.Identity()
         else:
             self.id_mapping = nn.Sequential(
-                FP_Conv(in_chs, out_chs, kernel_size=1, stride=strides, padding=0, bias=False, **fixed_point),
+                FP_Conv(
+                    in_chs,
+                    out_chs,
+                    kernel_size=1,
+                    stride=strides,
+                    padding=0,
+                    bias=False,
+                    **fixed_point,
+                ),
                 nn.BatchNorm2d(out_chs),
             )
         self.final_activation = nn.ReLU(inplace=True)
@@ -41,12 +53,13 @@ class ResNet_Block(nn.Module):
 
 
 class ResNetCIFAR(nn.Module):
-    """ResNet for 32x32 RGB images and 10 classes: (N, 3, 32, 32) normalized pixels to (N, 10) logits.
+    """ResNet for 32x32 RGB images and 10 classes: (N, 3, 32, 32) normalized pixels to (N, 10)
+    logits.
 
-    num_layers is 6n + 2 (20 gives 272,474 parameters): a 3x3 convolution, three stages of n blocks with
-    16, 32 and 64 channels, global average pooling and a linear layer. Nbits, symmetric and quantizer (see
-    FP_layers.FP_Conv) apply to the stages, their 1x1 projections included; the first convolution and the last
-    layer always stay float.
+    num_layers is 6n + 2 (20 gives 272,474 parameters): a 3x3 convolution, three stages of n blocks
+    with 16, 32 and 64 channels, global average pooling and a linear layer. Nbits, symmetric and
+    quantizer (see FP_layers.FP_Conv) apply to the stages, their 1x1 projections included; the first
+    convolution and the last layer always stay float.
 
     Raises ValueError if num_layers is not 6n + 2 with n >= 1, and as FP_layers.FP_Conv does.
     Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
@@ -55,7 +68,9 @@ class ResNetCIFAR(nn.Module):
     def __init__(self, num_layers=20, Nbits=None, symmetric=False, quantizer=MinMax):
         super().__init__()
         if not isinstance(num_layers, int) or num_layers not in range(8, 10_000, 6):
-            raise ValueError(f"num_layers must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {num_layers!r}")
+            raise ValueError(
+                f"num_layers must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {num_layers!r}"
+            )
         self.num_layers = num_layers
         self.Nbits = check_n_bits(Nbits, symmetric)
         self.symmetric = bool(symmetric)
@@ -69,7 +84,9 @@ class ResNetCIFAR(nn.Module):
         for stage, out_chs in enumerate((16, 32, 64)):
             for block in range((num_layers - 2) // 6):
                 strides = 2 if stage > 0 and block == 0 else 1
-                blocks.append(ResNet_Block(in_chs, out_chs, strides, self.Nbits, self.symmetric, quantizer))
+                blocks.append(
+                    ResNet_Block(in_chs, out_chs, strides, self.Nbits, self.symmetric, quantizer)
+                )
                 in_chs = out_chs
         self.body_op = nn.Sequential(*blocks)
         self.avg_pool = nn.AdaptiveAvgPool2d(1)

@@ -1,13 +1,12 @@
 """Training and testing: one loop, from which train, finetune and finetune_after_prune are made."""
 
 import functools
-import time
 
 import torch
 import torch.nn.functional as F
 
 import cifar10
-from arguments import COUNT, RATE, check
+from arguments import RATE, check
 from files import check_writable
 from pruning import apply_masks, prune_before_epoch, sparsity, weight_masks
 from training.batches import Batches
@@ -58,65 +57,53 @@ def finetune_after_prune(net, trainloader, criterion, optimizer, prune=True):
 
 def fit(net, recipe, data=None, *, pruning=Pruning(), teacher=None, seed=0,
         execution=Execution(), journal=None):
-    """Train `net`, in place, as `recipe` and `pruning` say, on CIFAR-10; return (history, best state).
+    """Train `net`, in place, as `recipe` and `pruning` say; return (history, best state).
 
     recipe, pruning: see training.recipe; data: a cifar10.CIFAR10 on the net's device, fetched if
-    None; teacher: a net on the same device, if the recipe distills; seed: of order and augmentation;
-    execution: see training.execution; journal: a training.journal.Journal, for a name, a state to go
-    on from, or another pace of the bar.
-
-    history has a dict an epoch: epoch, lr (at its start), train_loss, train_accuracy, seconds and, where
-    tested, test_loss, test_accuracy (fractions) and sparsity. The best state is that of the best
-    epoch tested, from the last pruning on: before it, a net is not sparse enough to count.
-
-    Raises ValueError for a teacher without distillation or the reverse, FloatingPointError if loss or
-    weights become NaN or infinite, torch.OutOfMemoryError if the batch is too large for the GPU, and
-    as Journal.of does. Whatever ends it early, Ctrl-C too, the net then holds the last whole epoch.
+    None; teacher: a net on the same device, if the recipe distills; seed: of order and
+    augmentation; execution: see training.execution; journal: a training.journal.Journal, for a name
+    and a state to go on from. It says what history holds and what is raised. The best state is that
+    of the best epoch tested, from the last pruning on: before it, a net is not sparse enough to
+    count.
     """
-    if bool(recipe.distill) != (teacher is not None):
-        raise ValueError("distill must be above 0 with a teacher and 0 without one, "
-                         f"got {recipe.distill!r} and teacher={type(teacher).__name__}")
     data = get_data(next(net.parameters()).device) if data is None else data
     journal = Journal() if journal is None else journal
     net.to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(net, recipe)
+    optimizer, forward = make_optimizer(net, recipe), execution.of(net)
     average = MovingAverage(net, recipe.average) if recipe.average else None
-    forward, criterion = execution.of(net), F.cross_entropy
-    if teacher is not None:
-        teacher = execution.of(for_evaluation(teacher.eval()))
-        criterion = Distillation(teacher, recipe.distill, recipe.temperature)
+    taught = None if teacher is None else execution.of(for_evaluation(teacher.eval()))
+    criterion = Distillation(taught, recipe.distill, recipe.temperature)
     steps = -(-len(data.train_images) // recipe.batch_size)
     with journal.of(net, optimizer, average, recipe, steps) as epochs:
         for epoch in epochs:
-            started = time.perf_counter()
             prune_before_epoch(net, pruning, epoch)
             masks = weight_masks(net) if pruning.holds(epoch) else None
             batches = Batches(data.train_images, data.train_labels, recipe.batch_size, seed, epoch,
                               augment=recipe)
-            batches = batches if teacher is None else criterion.taught(batches)
-            loss, accuracy = train_epoch(net, journal.paced(batches, epoch), optimizer, criterion,
-                                         masks, forward)
-            entry = {"epoch": epoch, "lr": recipe.lr * recipe.rate((epoch - 1) / recipe.epochs),
-                     "train_loss": loss, "train_accuracy": accuracy}
-            tested = None
+            batches = journal.paced(criterion.taught(batches), epoch)
+            loss, accuracy = train_epoch(net, batches, optimizer, criterion, masks, forward)
+            entry, candidate = {"train_loss": loss, "train_accuracy": accuracy}, None
             if epoch % recipe.test_every == 0 or epoch == recipe.epochs:
                 tested = net if average is None else average.masked(masks)
                 entry["test_loss"], entry["test_accuracy"] = evaluate(tested, data)
                 entry["sparsity"] = sparsity(tested)
-            entry["seconds"] = time.perf_counter() - started
-            journal.epoch_done(entry, tested if epoch >= pruning.last_epoch else None)
+                candidate = tested if epoch >= pruning.last_epoch else None
+            journal.epoch_done(epoch, entry, candidate)
     return journal.history, journal.best["state"]
 
 
 # ---------------------------------------------------------------- the homework's entry points
 
 
-def train(net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="net_after_train.pt", seed=0):
+def train(
+    net, epochs, batch_size, lr, reg, log_every_n=50, checkpoint="net_after_train.pt", seed=0
+):
     """Train `net` from where it stands, in place, with the assigned pre-training recipe.
 
-    SGD, momentum 0.875, weight decay `reg`, lr divided by 10 at 50 % and 75 % of the epochs. The net
-    ends in its last epoch, in evaluation mode; its best test epoch is written to `checkpoint` (None:
-    nowhere). The progress bar moves each log_every_n steps. Returns the history and raises as fit does.
+    SGD, momentum 0.875, weight decay `reg`, lr divided by 10 at 50 % and 75 % of the epochs. The
+    net ends in its last epoch, in evaluation mode; its best test epoch is written to `checkpoint`
+    (None: nowhere). The progress bar moves each log_every_n steps. Returns the history and raises
+    as fit does.
     """
     recipe = _assigned(epochs, batch_size, lr, reg, schedule="step")
     journal = Journal("train", log_every_n=log_every_n)
@@ -160,10 +147,10 @@ def _fit_into(checkpoint, net, recipe, pruning, seed, journal):
 def evaluate(net, data=None, batch_size=None):
     """Return (mean cross entropy, accuracy as a fraction) of `net` on the 10,000 test images.
 
-    In float32, with running BatchNorm statistics; the net is left in the modes it was in. Weights are
-    quantized and BatchNorms folded once, where the net allows it (see training.inference). data: a
-    cifar10.CIFAR10 on the net's device, fetched if None. batch_size changes the speed, not the
-    result; None: 50 on a CPU, whose caches hold that much, else 1000.
+    In float32, with running BatchNorm statistics; the net is left in the modes it was in. Weights
+    are quantized and BatchNorms folded once, where the net allows it (see training.inference).
+    data: a cifar10.CIFAR10 on the net's device, fetched if None. batch_size changes the speed, not
+    the result; None: 50 on a CPU, whose caches hold that much, else 1000.
     """
     device = next(net.parameters()).device
     data = get_data(device) if data is None else data
@@ -187,10 +174,11 @@ _tested = {}  # fingerprint of a net: the data it was tested on, and what evalua
 
 
 def test(net, verbose=True):
-    """Return the net's accuracy on CIFAR-10's test set, a fraction; print it and the loss if verbose.
+    """Return the net's accuracy on CIFAR-10's test set, a fraction; print it and the loss if
+    verbose.
 
-    The net ends in evaluation mode. One that computes what an earlier one did (same quantized weights,
-    see training.inference.fingerprint) is not evaluated again in the same process.
+    The net ends in evaluation mode. One that computes what an earlier one did (same quantized
+    weights, see training.inference.fingerprint) is not evaluated again in the same process.
     """
     net.eval()
     data, key = get_data(next(net.parameters()).device), fingerprint(net)

@@ -14,7 +14,8 @@ def main(arguments=None):
     options = _parser().parse_args(arguments)
     try:
         return _list() if options.command == "list" else _run(options)
-    except BrokenPipeError:  # a reader such as head has what it wanted; the exit writes nothing more
+    # a reader such as head has what it wanted; the exit writes nothing more
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -30,8 +31,9 @@ def _parser():
                                      description="Every training run of the homework.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="name every run, with its result")
-    run = commands.add_parser("run",
-                              help="train runs that are not trained yet; an interrupted one goes on")
+    run = commands.add_parser(
+        "run", help="train runs that are not trained yet; an interrupted one goes on"
+    )
     run.add_argument("names", nargs="+", metavar="NAME", help="names from `list`, or all")
     run.add_argument("--force", action="store_true", help="train again what is trained already")
     run.add_argument("--into", type=Path, default=SHIPPED, metavar="FOLDER",

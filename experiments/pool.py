@@ -1,4 +1,6 @@
-"""Several runs at once: each in a process of its own, with one thread, as soon as its parents are ready."""
+"""Several runs at once: each in a process of its own, with one thread, as soon as its parents are
+ready.
+"""
 
 import os
 import signal
@@ -6,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import torch
 
 from experiments.records import ROOT
 from experiments.run import announce, train_run
@@ -19,8 +20,9 @@ def run(names, folder, jobs=None, as_recorded=False):
     """Train the runs `names`, `jobs` at once; return the exit status, 1 if any of them failed.
 
     jobs: None, as many as there are cores; a run that is alone is trained in this process, with all
-    threads. A run waits for those of `names` that it starts from or learns from. If one fails, those
-    that depend on it are left out and the others go on. Ctrl-C stops all; the same call goes on.
+    threads. A run waits for those of `names` that it starts from or learns from. If one fails,
+    those that depend on it are left out and the others go on. Ctrl-C stops all; the same call goes
+    on.
     """
     jobs = min(jobs or os.cpu_count(), len(names))
     announce(names)
@@ -29,7 +31,9 @@ def run(names, folder, jobs=None, as_recorded=False):
     try:
         while waiting or running:
             for name in [name for name in waiting if _parents(name) & failed]:
-                print(f"{name}: left out, as {', '.join(_parents(name) & failed)} failed", flush=True)
+                print(
+                    f"{name}: left out, as {', '.join(_parents(name) & failed)} failed", flush=True
+                )
                 waiting.remove(name)
                 failed.add(name)
             ready = [name for name in waiting if not _parents(name) & {*waiting, *running}]
@@ -95,6 +99,9 @@ class _Child:
 
 def report(record):
     """Print what a run reached."""
-    print(f"{record['name']}: best {100 * record['best']['test_accuracy']:.2f} % in epoch "
-          f"{record['best']['epoch']}, last {100 * record['last']['test_accuracy']:.2f} %, "
-          f"{record['seconds'] / 60:.1f} min, {record['images_per_second']:.0f} images/s", flush=True)
+    print(
+        f"{record['name']}: best {100 * record['best']['test_accuracy']:.2f} % in epoch "
+        f"{record['best']['epoch']}, last {100 * record['last']['test_accuracy']:.2f} %, "
+        f"{record['seconds'] / 60:.1f} min, {record['images_per_second']:.0f} images/s",
+        flush=True,
+    )

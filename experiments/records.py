@@ -14,7 +14,8 @@ __all__ = ["RecordError", "SHIPPED", "RETRAINED", "weights_path", "record_path",
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "checkpoints"
-RETRAINED = ROOT / "build" / "retrained"  # RETRAIN=1 trains into here; shipped files stay as they are
+# RETRAIN=1 trains into here; shipped files stay as they are
+RETRAINED = ROOT / "build" / "retrained"
 
 
 class RecordError(RuntimeError):
@@ -56,7 +57,9 @@ def config_of(run):
 
 
 def _differences(recorded, now, prefix=""):
-    """Return {setting: (recorded, now)} of two configs; one that only `now` has counts as its default."""
+    """Return {setting: (recorded, now)} of two configs; one that only `now` has counts as its
+    default.
+    """
     differ = {}
     for key in recorded.keys() | now.keys():
         a, b = recorded.get(key), now.get(key)
@@ -70,9 +73,9 @@ def _differences(recorded, now, prefix=""):
 def read_record(name, folder=None):
     """Return the record of run `name` as a dict, or None if it is not trained yet.
 
-    Raises RecordError if the record's config is not the run's, or if the weights beside it are missing
-    or not those that the run wrote. Weights of other seeds and of runs on held-out images are not
-    shipped, so they may be missing.
+    Raises RecordError if the record's config is not the run's, or if the weights beside it are
+    missing or not those that the run wrote. Weights of other seeds and of runs on held-out images
+    are not shipped, so they may be missing.
     """
     run, path, weights = get(name), record_path(name, folder), weights_path(name, folder)
     again = f"train it again: python -m experiments run {name} --force"
@@ -85,7 +88,9 @@ def read_record(name, folder=None):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordError(f"{path} is damaged ({error!r}); restore it, or {again}") from error
     if differ:
-        raise RecordError(f"{path} was trained with another config (recorded, now): {differ}; {again}")
+        raise RecordError(
+            f"{path} was trained with another config (recorded, now): {differ}; {again}"
+        )
     optional = "@" in name or run.held_out
     if sha256(weights) != written if weights.exists() else not optional:
         raise RecordError(f"{weights} is not the file that the run in {path} wrote; restore it, "

@@ -1,39 +1,48 @@
-"""Our results beside the reference's and the goals, from the records alone: tables for README, report and notebooks."""
+"""Our results beside the reference's and the goals, from the records alone."""
 
 import argparse
 import statistics
 import sys
 
-from experiments import REFERENCE, RUNS, SHIPPED, get, read_record
+from experiments.records import SHIPPED, read_record
+from experiments.runs import REFERENCE, RUNS, get
 from files import replace_section
 
-HEADER = ["Question", "Reference (%)", "Assigned, best (%)", "Assigned, last (%)", "Improved, last (%)"]
+HEADER = ["Question", "Reference (%)", "Assigned, best (%)", "Assigned, last (%)",
+          "Improved, last (%)"]
 NOT_YET = "not trained yet"
 
-# What we set out for, fractions: with the assigned recipe (best epoch), with an improved one (last epoch).
+# What we set out for, fractions: assigned recipe (best epoch), improved recipe (last epoch).
 GOALS = {
-    "pretrain": (None, 0.9403),
-    "lab2c_oneshot": (0.899, None), "lab2d_iterative": (0.899, None), "lab2e_global": (0.905, 0.924),
-    "lab3c_4bit": (0.922, 0.925), "lab3c_3bit": (0.914, 0.922), "lab3c_2bit": (0.865, 0.918),
-    "lab3d_4bit": (0.908, 0.920), "lab3d_3bit": (0.895, 0.916), "lab3d_2bit": (0.85, 0.910),
+    "pretrain": (None, 0.933),
+    "lab2c_oneshot": (0.918, None), "lab2d_iterative": (0.918, None),
+    "lab2e_global": (0.922, 0.930),
+    "lab3c_4bit": (0.928, 0.931), "lab3c_3bit": (0.920, 0.930), "lab3c_2bit": (0.88, 0.925),
+    "lab3d_4bit": (0.920, 0.929), "lab3d_3bit": (0.917, 0.928), "lab3d_2bit": (0.89, 0.924),
 }
 
-_BEGIN, _END = "<!-- results: written by `python results.py --write README.md` -->", "<!-- end of results -->"
+_BEGIN = "<!-- results: written by `python -m experiments.results --write README.md` -->"
+_END = "<!-- end of results -->"
 
 
 def accuracies(name, which, folder=SHIPPED):
-    """Return the test accuracies, fractions, of run `name` in its "best" or "last" epoch, one a recorded seed."""
+    """Return the test accuracies, fractions, of run `name`, one a recorded seed.
+
+    which: "best" or "last", the epoch.
+    """
     seeds = sorted(int(path.stem.partition("@")[2]) for path in folder.glob(f"{name}@*.json"))
     records = [read_record(run, folder) for run in (name, *(f"{name}@{seed}" for seed in seeds))]
     return [record[which]["test_accuracy"] for record in records if record is not None]
 
 
 def shown(values):
-    """Return accuracies as text in %: their mean, and the sample standard deviation and number if there are several."""
+    """Return accuracies as text in %: their mean and, of several, deviation and number of seeds."""
     if not values:
         return NOT_YET
     mean = f"{100 * statistics.mean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f} ({len(values)} seeds)"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {100 * statistics.stdev(values):.2f} ({len(values)} seeds)"
 
 
 def rows(names=tuple(REFERENCE)):
@@ -41,18 +50,18 @@ def rows(names=tuple(REFERENCE)):
     table = []
     for name in names:
         best, last = accuracies(name, "best"), accuracies(name, "last")
+        best_shown = shown(best)
         if get(name).keep == "last":  # no epoch was chosen on the test set
             best_shown = "" if best else NOT_YET
-        else:
-            best_shown = shown(best)
         improved = f"{name}_improved"
-        table.append([get(name).question, f"{100 * REFERENCE[name]:.2f}", best_shown, shown(last) if last else "",
+        table.append([get(name).question, f"{100 * REFERENCE[name]:.2f}", best_shown,
+                      shown(last) if last else "",
                       shown(accuracies(improved, "last")) if improved in RUNS else ""])
     return table
 
 
 def goal_rows():
-    """Return [run, goal in %, ours in %, ours less the goal in points] for every goal, assigned and improved."""
+    """Return [run, goal in %, ours in %, ours less the goal in points] for every goal."""
     table = []
     for name, goals in GOALS.items():
         for run, goal, which in ((name, goals[0], "best"), (f"{name}_improved", goals[1], "last")):
@@ -70,13 +79,15 @@ def write(path):
     Raises ValueError if the lines are not there; the file is unchanged then.
     """
     lines = [HEADER, [":--", *["--:"] * (len(HEADER) - 1)], *rows()]
-    replace_section(path, _BEGIN, _END, "\n".join("| " + " | ".join(line) + " |" for line in lines))
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    replace_section(path, _BEGIN, _END, text)
 
 
 def main(arguments=None):
     """Command line: print the tables, or --write FILE. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", metavar="FILE", help="write the results into a Markdown file's results section")
+    parser = argparse.ArgumentParser(prog="python -m experiments.results", description=__doc__)
+    parser.add_argument("--write", metavar="FILE",
+                        help="write the results into a Markdown file's results section")
     options = parser.parse_args(arguments)
     try:
         if options.write:

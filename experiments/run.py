@@ -68,7 +68,9 @@ def train_run(name, folder=SHIPPED, as_recorded=False):
 
 
 def _execution(run, net, n_images, state_path, folder, as_recorded):
-    """Return how to train: as begun, if there is a state; else as recorded, if wished; else fastest."""
+    """Return how to train: as begun, if there is a state; else as recorded, if wished; else
+    fastest.
+    """
     if state_path.exists():
         return Execution(**(read_state(state_path)["tag"] or {}).get("execution", {}))
     if as_recorded:
@@ -110,7 +112,8 @@ def _record(run, net, data, history, tag, folder):
 
 
 def _load_parent(name, net, folder, wanted_by):
-    """Load run `name`, from `folder` or the shipped ones, into `net`; return its weights' SHA-256."""
+    """Load run `name`, from `folder` or the shipped ones, into `net`; return its weights' SHA-256.
+    """
     for place in (folder, SHIPPED):
         record, weights = read_record(name, place), weights_path(name, place)
         if record is not None and weights.exists():

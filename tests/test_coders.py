@@ -1,4 +1,6 @@
-"""Coders against Shannon's bound, an enumeration of prefix codes, closed forms, and bytes that nobody encoded."""
+"""Coders against Shannon's bound, an enumeration of prefix codes, closed forms, and bytes that
+nobody encoded.
+"""
 
 import heapq
 import itertools
@@ -12,10 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import entropy
 
-import coders
+from model_file import coders
 import context_model
 import experiments
-from coders import CODERS, Alphabet, CompressionError, decode, encode, entropy_bytes
+from model_file.coders import CODERS, Alphabet, CompressionError, decode, encode, entropy_bytes
 
 quick = settings(max_examples=60, deadline=None)
 names = st.sampled_from(sorted(CODERS))
@@ -23,7 +25,8 @@ names = st.sampled_from(sorted(CODERS))
 
 @st.composite
 def arrays_of_symbols(draw, max_levels=20):
-    """1 to 3 arrays of 1 to 4 dimensions, some of them empty or of one symbol, and their alphabets."""
+    """1 to 3 arrays of 1 to 4 dimensions, some of them empty or of one symbol, and their alphabets.
+    """
     arrays, alphabets = [], []
     for _ in range(draw(st.integers(1, 3))):
         n_levels = draw(st.integers(1, max_levels))
@@ -44,10 +47,18 @@ def skewed(seed, shape, n_levels, zero):
 
 @pytest.fixture(scope="module")
 def ternary():
-    """Signs, as symbols, of the 3x3 kernels in the residual stages of the shipped net that is 70 % pruned."""
+    """Signs, as symbols, of the 3x3 kernels in the residual stages of the shipped net that is 70 %
+    pruned.
+    """
     state = torch.load(experiments.weights_path("lab2e_global"), weights_only=True)
-    weights = [w.numpy() for name, w in state.items() if name.startswith("body_op") and w.shape[2:] == (3, 3)]
-    return [np.sign(w).astype(np.int64) + 1 for w in weights], [Alphabet(w.shape, 3, 1) for w in weights]
+    weights = [
+        w.numpy()
+        for name, w in state.items()
+        if name.startswith("body_op") and w.shape[2:] == (3, 3)
+    ]
+    return [np.sign(w).astype(np.int64) + 1 for w in weights], [
+        Alphabet(w.shape, 3, 1) for w in weights
+    ]
 
 
 # ---------------------------------------------------------------- back and forth
@@ -76,7 +87,8 @@ def test_real_weights(coder, ternary):
     assert all(np.array_equal(a, b) for a, b in zip(ternary[0], decoded))
 
 
-# Written with constriction 0.5.0. If a library codes otherwise, old files are unreadable: raise the format's version.
+# Written with constriction 0.5.0. If a library codes otherwise, old files are unreadable: raise the
+# format's version.
 @pytest.mark.parametrize("coder, data", [
     ("packed", "1595155a581268"),
     ("bitmask", "8883179640"),
@@ -89,7 +101,10 @@ def test_bytes_are_those_of_the_first_version(coder, data):
     five = np.array([4, 0, 2, 2, 3, 2])
     alphabets = [Alphabet((2, 1, 3, 3), 3, 1), Alphabet((6,), 5, 2)]
     assert encode(coder, [ternary, five], alphabets).hex() == data
-    assert [a.tolist() for a in decode(coder, bytes.fromhex(data), alphabets)] == [ternary.tolist(), five.tolist()]
+    assert [a.tolist() for a in decode(coder, bytes.fromhex(data), alphabets)] == [
+        ternary.tolist(),
+        five.tolist(),
+    ]
 
 
 # ---------------------------------------------------------------- lengths
@@ -107,7 +122,9 @@ def test_entropy_is_that_of_scipy(case):
 def test_fixed_widths_are_as_long_as_counted(case):
     pairs = [(array, a.n_levels, a.zero) for array, a in zip(*case) if a.n_levels > 1]
     packed = sum(array.size * math.ceil(math.log2(n)) for array, n, _ in pairs)
-    masked = sum(array.size + (array != zero).sum() * math.ceil(math.log2(n - 1)) for array, n, zero in pairs)
+    masked = sum(
+        array.size + (array != zero).sum() * math.ceil(math.log2(n - 1)) for array, n, zero in pairs
+    )
     assert len(encode("packed", *case)) == math.ceil(packed / 8)
     assert len(encode("bitmask", *case)) == math.ceil(masked / 8)
 
@@ -129,7 +146,9 @@ def test_range_coding_takes_the_entropy_of_real_weights(ternary):
 def shortest_prefix_code(counts):
     """Bits of the best prefix code, by trying all code lengths that satisfy Kraft's inequality."""
     lengths = itertools.product(range(1, max(len(counts), 2)), repeat=len(counts))
-    return min(sum(c * n for c, n in zip(counts, ls)) for ls in lengths if sum(2.0**-n for n in ls) <= 1)
+    return min(
+        sum(c * n for c, n in zip(counts, ls)) for ls in lengths if sum(2.0**-n for n in ls) <= 1
+    )
 
 
 def merged(counts):
@@ -151,7 +170,10 @@ def huffman_words(array, alphabet):
 @quick
 @given(st.lists(st.integers(0, 200), min_size=2, max_size=5).filter(any))
 def test_huffman_is_the_shortest_of_all_prefix_codes(counts):
-    array, alphabet = np.repeat(np.arange(len(counts)), counts), Alphabet((sum(counts),), len(counts), 0)
+    array, alphabet = (
+        np.repeat(np.arange(len(counts)), counts),
+        Alphabet((sum(counts),), len(counts), 0),
+    )
     assert huffman_words(array, alphabet) == math.ceil(shortest_prefix_code(counts) / 32)
     assert merged(counts) == shortest_prefix_code(counts)
 
@@ -175,12 +197,18 @@ def test_contexts_of_shuffled_weights_pay_nothing(ternary):
     """Where there is no structure, none can be found; and looking for it costs little."""
     rng = np.random.default_rng(0)
     shuffled = [rng.permutation(array.ravel()).reshape(array.shape) for array in ternary[0]]
-    assert 1 <= len(encode("context", shuffled, ternary[1])) / entropy_bytes(shuffled, ternary[1]) < 1.02
+    assert (
+        1
+        <= len(encode("context", shuffled, ternary[1])) / entropy_bytes(shuffled, ternary[1])
+        < 1.02
+    )
 
 
 @pytest.mark.parametrize("n_levels, zero", [(2, 0), (2, 1), (3, 0), (3, 1), (16, 8), (17, 5)])
 def test_contexts_of_independent_symbols_cost_little(n_levels, zero):
-    """The first array has to be learned from; after it, four more cost hardly more than their entropy."""
+    """The first array has to be learned from; after it, four more cost hardly more than their
+    entropy.
+    """
     arrays, alphabets = zip(*(skewed(1, (64, 64, 3, 3), n_levels, zero) for _ in range(5)))
     first, all_of_them = (len(encode("context", arrays[:n], alphabets[:n])) for n in (1, 5))
     assert first < 1.07 * entropy_bytes(arrays[:1], alphabets[:1])
@@ -201,7 +229,9 @@ def test_power_is_exact(v):
 
 def test_probabilities_are_whole_numbers_that_add_up(ternary):
     def check(weights, bits):
-        assert weights.dtype == np.int64 and (weights >= 1).all() and (weights.sum(1) == 2**16).all()
+        assert (
+            weights.dtype == np.int64 and (weights >= 1).all() and (weights.sum(1) == 2**16).all()
+        )
         return bits.astype(np.int64)
 
     model = context_model.ContextModel(check)
@@ -218,7 +248,12 @@ def decodes_or_refuses(coder, data, alphabets):
     except CompressionError:
         return False
     for array, a in zip(arrays, alphabets, strict=True):
-        assert array.shape == a.shape and array.size == 0 or 0 <= array.min() and array.max() < a.n_levels
+        assert (
+            array.shape == a.shape
+            and array.size == 0
+            or 0 <= array.min()
+            and array.max() < a.n_levels
+        )
     assert encode(coder, arrays, alphabets) == data
     return True
 

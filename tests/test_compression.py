@@ -1,4 +1,5 @@
-"""Files of nets: the same logits to the last bit, bytes that add up, and no way to harm the reader."""
+"""Files of nets: the same logits to the last bit, bytes that add up, and no way to harm the reader.
+"""
 
 import copy
 import math
@@ -17,10 +18,18 @@ from hypothesis.extra import numpy as hnp
 
 import cifar10
 import compression
-import container
+from model_file import container
 import experiments
-from coders import ByteReader
-from compression import METHODS, CompressionError, compress, compress_all, decompress, describe, entropy_bound
+from model_file.coders import ByteReader
+from model_file.network import (
+    METHODS,
+    CompressionError,
+    compress,
+    compress_all,
+    decompress,
+    describe,
+    entropy_bound,
+)
 from FP_layers import FP_Conv, FP_Linear
 from resnet20 import ResNetCIFAR
 from train_utils import load_weights
@@ -39,7 +48,9 @@ SHIPPED = [
 
 
 def shipped_net(name, Nbits=None, symmetric=False, quantizer="minmax"):
-    """The shipped float weights of a run behind any quantizer; a learned step is the one it would start from."""
+    """The shipped float weights of a run behind any quantizer; a learned step is the one it would
+    start from.
+    """
     net = load_weights(ResNetCIFAR(), experiments.weights_path(name))
     quantized = ResNetCIFAR(Nbits=Nbits, symmetric=symmetric, quantizer=quantizer)
     quantized.load_state_dict(net.state_dict(), strict=False)
@@ -50,7 +61,9 @@ def shipped_net(name, Nbits=None, symmetric=False, quantizer="minmax"):
 
 
 def lively_net(num_layers=8, seed=0, **quantizer):
-    """A small net with random weights, half of them zero, and BatchNorms that are not their defaults."""
+    """A small net with random weights, half of them zero, and BatchNorms that are not their
+    defaults.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = ResNetCIFAR(num_layers, **quantizer)
@@ -84,7 +97,11 @@ def no_gradients():
 
 
 def quantized_weights(net):
-    return {name: m.quantized_weight() for name, m in net.named_modules() if isinstance(m, (FP_Conv, FP_Linear))}
+    return {
+        name: m.quantized_weight()
+        for name, m in net.named_modules()
+        if isinstance(m, (FP_Conv, FP_Linear))
+    }
 
 
 # ---------------------------------------------------------------- there and back
@@ -95,7 +112,10 @@ def test_logits_of_shipped_nets_are_the_same_bits(case, images):
     net = shipped_net(*case)
     restored = decompress(compress(net))
     assert not restored.training and restored.Nbits is None
-    assert all(torch.equal(a, b) for a, b in zip(quantized_weights(net).values(), quantized_weights(restored).values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(quantized_weights(net).values(), quantized_weights(restored).values())
+    )
     assert torch.equal(restored(images), net(images))
 
 
@@ -134,7 +154,8 @@ def test_odd_tensors(images):
 
 
 def test_a_file_is_the_same_when_packed_again(four_bits):
-    """decompress gives exactly what the file holds: its net makes the same file, quantizers or not."""
+    """decompress gives exactly what the file holds: its net makes the same file, quantizers or not.
+    """
     data = compress(four_bits)
     assert compress(decompress(data)) == data
 
@@ -143,7 +164,9 @@ def test_the_net_is_left_alone(ternary):
     net = copy.deepcopy(ternary).train()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     compress(net, float_bits=8)
-    assert net.training and all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert net.training and all(
+        torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items()
+    )
 
 
 # ---------------------------------------------------------------- fewer bits for floats
@@ -152,7 +175,9 @@ def test_the_net_is_left_alone(ternary):
 @pytest.mark.parametrize("float_bits, tolerance", [(16, 0.05), (8, 0.7), (6, 2.5)])
 def test_rounded_floats_change_logits_little(float_bits, tolerance, four_bits, ternary, images):
     for net in (four_bits, ternary):
-        difference = (decompress(compress(net, float_bits=float_bits))(images) - net(images)).abs().max()
+        difference = (
+            (decompress(compress(net, float_bits=float_bits))(images) - net(images)).abs().max()
+        )
         assert 0 < difference < tolerance
 
 
@@ -178,7 +203,9 @@ def test_folded_steps_leave_whole_numbers(ternary):
 def test_accuracy_with_floats_of_8_bits(four_bits, cifar):
     """Within half a point on 1,000 real images, and nearly always the same answer."""
     x, y = cifar10.normalize(cifar.test_images[:1000]), cifar.test_labels[:1000]
-    answers = [net(x).argmax(1) for net in (four_bits, decompress(compress(four_bits, float_bits=8)))]
+    answers = [
+        net(x).argmax(1) for net in (four_bits, decompress(compress(four_bits, float_bits=8)))
+    ]
     exact, rounded = ((answer == y).float().mean().item() for answer in answers)
     assert abs(exact - rounded) <= 0.005
     assert (answers[0] == answers[1]).float().mean() > 0.98
@@ -186,16 +213,24 @@ def test_accuracy_with_floats_of_8_bits(four_bits, cifar):
 
 @pytest.mark.parametrize("name", ["lab3d_2bit_improved"])
 def test_a_shipped_file_holds_its_run(name, cifar):
-    """With floats of 8 bits: its zeros are the run's, and on 1,000 real images it nearly always answers the same."""
+    """With floats of 8 bits: its zeros are the run's, and on 1,000 real images it nearly always
+    answers the same.
+    """
     shipped = decompress((experiments.SHIPPED / f"{name}.rnpq").read_bytes())
     net, x = compression.load_run(name).eval(), cifar10.normalize(cifar.test_images[:1000])
-    zeros = [[weight == 0 for layer, weight in quantized_weights(n).items() if "body" in layer] for n in (net, shipped)]
+    zeros = [
+        [weight == 0 for layer, weight in quantized_weights(n).items() if "body" in layer]
+        for n in (net, shipped)
+    ]
     assert all(torch.equal(*pair) for pair in zip(*zeros))
     assert (net(x).argmax(1) == shipped(x).argmax(1)).float().mean() > 0.98
 
 
-finite_rows = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=6),
-                         elements=st.floats(-1000, 1000, width=32))
+finite_rows = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=6),
+    elements=st.floats(-1000, 1000, width=32),
+)
 
 
 @settings(deadline=None)
@@ -228,12 +263,22 @@ def sizes(net):
 def test_sizes_are_in_order(ternary, four_bits):
     for net in (ternary, four_bits):
         measured = sizes(net)
-        assert compress_all(net) == {method: compress(net, *options) for method, options in METHODS.items()}
+        assert compress_all(net) == {
+            method: compress(net, *options) for method, options in METHODS.items()
+        }
         measured["context, float16"] = len(compress(net, "context", 16))
         assert 4 * 272_474 < measured["float32"] < 4 * 272_474 + 400
         assert 2 * 272_474 < measured["float16"] < 2 * 272_474 + 400
-        order = ["float32", "float16", "fixed width", "Huffman", "range", "context", "context, float16",
-                 "context, 8-bit floats"]
+        order = [
+            "float32",
+            "float16",
+            "fixed width",
+            "Huffman",
+            "range",
+            "context",
+            "context, float16",
+            "context, 8-bit floats",
+        ]
         assert sorted(order, key=measured.get, reverse=True) == order
 
 
@@ -253,7 +298,9 @@ def test_entropy_bound_is_counted_from_the_weights(four_bits):
             bits += 32 * len(levels) + float((counts * (counts.sum() / counts).log2()).sum())
         else:
             bits += 32 * weight.numel()
-    floats = 10 + sum(2 * m.num_features for m in four_bits.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    floats = 10 + sum(
+        2 * m.num_features for m in four_bits.modules() if isinstance(m, torch.nn.BatchNorm2d)
+    )
     assert entropy_bound(four_bits) == pytest.approx(bits / 8 + 4 * floats, abs=1)
 
 
@@ -262,20 +309,36 @@ def test_every_byte_is_accounted_for(coder, ternary):
     data = compress(ternary, coder, 16)
     sections, rows = describe(data)
     assert sum(sections.values()) == len(data)
-    assert sum(row[2] for row in rows) == sections["floats"] and sum(row[3] for row in rows) == sections["symbols"]
+    assert (
+        sum(row[2] for row in rows) == sections["floats"]
+        and sum(row[3] for row in rows) == sections["symbols"]
+    )
     assert sum(math.prod(record.shape) for record, *_ in rows) == 272_474
-    zeros = {name: (weight == 0).float().mean().item() for name, weight in quantized_weights(ternary).items()}
-    assert all(fraction == pytest.approx(zeros[record.name.rsplit(".", 2)[0]]) for record, fraction, *_ in rows
-               if record.name.endswith("conv.weight"))
+    zeros = {
+        name: (weight == 0).float().mean().item()
+        for name, weight in quantized_weights(ternary).items()
+    }
+    assert all(
+        fraction == pytest.approx(zeros[record.name.rsplit(".", 2)[0]])
+        for record, fraction, *_ in rows
+        if record.name.endswith("conv.weight")
+    )
 
 
 # ---------------------------------------------------------------- arguments
 
 
-@pytest.mark.parametrize("argument, value", [
-    ("coder", "zip"), ("coder", None), ("float_bits", 33), ("float_bits", True), ("float_bits", "16"),
-    ("float_bits", 0),
-])
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("coder", "zip"),
+        ("coder", None),
+        ("float_bits", 33),
+        ("float_bits", True),
+        ("float_bits", "16"),
+        ("float_bits", 0),
+    ],
+)
 def test_arguments_out_of_range_are_named(argument, value):
     with pytest.raises(ValueError, match=f"{argument} must be one of") as caught:
         compress(lively_net(), **{argument: value})
@@ -325,14 +388,20 @@ def split(data):
 
 
 def joined(fields, table, floats, symbols):
-    """The opposite of split, with a valid checksum; lengths are right unless `fields` says otherwise."""
+    """The opposite of split, with a valid checksum; lengths are right unless `fields` says
+    otherwise.
+    """
     packed = zlib.compress(table)
-    lengths = [n if said is None else said for n, said in zip((len(packed), len(floats)), fields[3:])]
+    lengths = [
+        n if said is None else said for n, said in zip((len(packed), len(floats)), fields[3:])
+    ]
     return with_checksum(container.HEADER.pack(*fields[:3], *lengths) + packed + floats + symbols)
 
 
 def is_refused(data, traced=False):
-    """Whether decompress refuses `data`; if it does not, the net must be sound. Bounded in time and memory."""
+    """Whether decompress refuses `data`; if it does not, the net must be sound. Bounded in time and
+    memory.
+    """
     started = time.perf_counter()
     if traced:
         tracemalloc.start()
@@ -345,7 +414,9 @@ def is_refused(data, traced=False):
         peak = tracemalloc.get_traced_memory()[1]  # 0 if not traced
         tracemalloc.stop()
         assert peak < 20e6 and time.perf_counter() - started < 20
-    assert net.num_layers == 8 and all(torch.isfinite(tensor).all() for tensor in net.state_dict().values())
+    assert net.num_layers == 8 and all(
+        torch.isfinite(tensor).all() for tensor in net.state_dict().values()
+    )
     return False
 
 
@@ -354,7 +425,9 @@ FILES = [(coder, bits) for coder in container.CODERS for bits in (32, 8)]
 
 @pytest.fixture(scope="module")
 def small():
-    """{(coder, float_bits): file} of small nets; levels and steps with 32 bits, codes with 8, masks in all."""
+    """{(coder, float_bits): file} of small nets; levels and steps with 32 bits, codes with 8, masks
+    in all.
+    """
     with torch.no_grad():
         nets = {32: lively_net(Nbits=2), 8: lively_net(Nbits=3, quantizer="learned")}
         nets[32].body_op[2].conv2 = nets[8].body_op[2].conv2
@@ -393,7 +466,9 @@ def test_damage_says_checksum(small):
 
 @pytest.mark.parametrize("key", FILES, ids=str)
 def test_altered_files_with_a_valid_checksum(key, small):
-    """Bits flipped, bytes cut out, put in, copied elsewhere, in every section; then the checksum made right."""
+    """Bits flipped, bytes cut out, put in, copied elsewhere, in every section; then the checksum
+    made right.
+    """
     fields, *sections = split(small[key])
     rng = np.random.default_rng(1)
     refused = 0
@@ -411,7 +486,9 @@ def test_altered_files_with_a_valid_checksum(key, small):
         elif kind == 3:
             section[a:a] = section[b:b + 16]
         else:
-            section[a:a + 4] = struct.pack("<I", rng.choice([0, 1, 2**16 - 1, 2**31, 2**32 - 1]))[:len(section) - a]
+            section[a : a + 4] = struct.pack("<I", rng.choice([0, 1, 2**16 - 1, 2**31, 2**32 - 1]))[
+                : len(section) - a
+            ]
         refused += is_refused(joined(fields[:3] + lengths, *altered))
     assert refused >= 10
 
@@ -424,14 +501,19 @@ def test_header_with_any_byte(offset, small):
             assert is_refused(with_checksum(data[:offset] + bytes([value]) + data[offset + 1:]))
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(num_layers=110), "tensor 6 must be body_op.1.conv1.0.conv.weight"),
-    (dict(num_layers=9), "number of layers must be 8, 14"),
-    (dict(num_layers=254), "number of layers must be 8, 14"), (dict(coder=200), "coder must be below"),
-    (dict(float_bits=64), "bits of a float must be one of"), (dict(coder=0), "without a coder has no symbols"),
-    (dict(n_table=2**16 - 1), "the file must go on for 65535 bytes"),
-    (dict(n_floats=2**32 - 1), "the file must go on for 4294967295 bytes"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(num_layers=110), "tensor 6 must be body_op.1.conv1.0.conv.weight"),
+        (dict(num_layers=9), "number of layers must be 8, 14"),
+        (dict(num_layers=254), "number of layers must be 8, 14"),
+        (dict(coder=200), "coder must be below"),
+        (dict(float_bits=64), "bits of a float must be one of"),
+        (dict(coder=0), "without a coder has no symbols"),
+        (dict(n_table=2**16 - 1), "the file must go on for 65535 bytes"),
+        (dict(n_floats=2**32 - 1), "the file must go on for 4294967295 bytes"),
+    ],
+)
 def test_header_fields_are_checked(change, message, small):
     fields, *sections = split(small["range", 32])
     names = ["num_layers", "coder", "float_bits", "n_table", "n_floats"]
@@ -449,21 +531,35 @@ def table_with(table, name, **changes):
     fields = {"kind": kind, "n_dims": n_dims, "n_levels": n_levels, "zero": zero} | changes
     shape = fields.pop("shape", None)
     end = at + container.RECORD.size
-    tail = table[end:] if shape is None else struct.pack(f"<{n_dims}H", *shape) + table[end + 2 * n_dims:]
+    tail = (
+        table[end:]
+        if shape is None
+        else struct.pack(f"<{n_dims}H", *shape) + table[end + 2 * n_dims :]
+    )
     return table[:at] + container.RECORD.pack(*fields.values()) + tail
 
 
-@pytest.mark.parametrize("name, changes, message", [
-    (CONV, dict(kind=77), "the kind of .* must be below"),
-    (CONV, dict(n_levels=65535), "cannot be of kind"), (CONV, dict(n_levels=0), "cannot be of kind"),
-    (CONV, dict(zero=60000), "cannot be of kind"), (CONV, dict(kind=1), "cannot be of kind masked"),
-    (CONV, dict(kind=0), "cannot be of kind float"),
-    (CONV, dict(n_dims=255), "must go on|must be body_op"), (CONV, dict(n_dims=3), "must be body_op"),
-    (CONV, dict(shape=(65535, 65535, 65535, 65535)), "must be body_op.0.conv1.0.conv.weight .16, 16, 3, 3., got"),
-    (CONV, dict(shape=(16, 16, 1, 9)), "must be body_op.0.conv1.0.conv.weight"),
-    ("head_conv.1", dict(kind=2, n_levels=3), "head_conv.1 cannot be of kind levels"),
-    ("final_fc.linear.bias", dict(kind=4, n_levels=3), "bias cannot be of kind codes"),
-])
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        (CONV, dict(kind=77), "the kind of .* must be below"),
+        (CONV, dict(n_levels=65535), "cannot be of kind"),
+        (CONV, dict(n_levels=0), "cannot be of kind"),
+        (CONV, dict(zero=60000), "cannot be of kind"),
+        (CONV, dict(kind=1), "cannot be of kind masked"),
+        (CONV, dict(kind=0), "cannot be of kind float"),
+        (CONV, dict(n_dims=255), "must go on|must be body_op"),
+        (CONV, dict(n_dims=3), "must be body_op"),
+        (
+            CONV,
+            dict(shape=(65535, 65535, 65535, 65535)),
+            "must be body_op.0.conv1.0.conv.weight .16, 16, 3, 3., got",
+        ),
+        (CONV, dict(shape=(16, 16, 1, 9)), "must be body_op.0.conv1.0.conv.weight"),
+        ("head_conv.1", dict(kind=2, n_levels=3), "head_conv.1 cannot be of kind levels"),
+        ("final_fc.linear.bias", dict(kind=4, n_levels=3), "bias cannot be of kind codes"),
+    ],
+)
 def test_table_entries_are_checked(name, changes, message, small):
     fields, table, floats, symbols = split(small["range", 32])
     data = joined(fields[:3] + [None, None], table_with(table, name, **changes), floats, symbols)
@@ -483,7 +579,9 @@ def test_a_table_that_unpacks_to_a_hundred_megabytes(small):
     fields, table, floats, symbols = split(small["range", 32])
     bomb = zlib.compress(bytes(60_000_000), 9)
     assert len(bomb) < 2**16
-    data = with_checksum(container.HEADER.pack(*fields[:3], len(bomb), len(floats)) + bomb + floats + symbols)
+    data = with_checksum(
+        container.HEADER.pack(*fields[:3], len(bomb), len(floats)) + bomb + floats + symbols
+    )
     tracemalloc.start()
     with pytest.raises(CompressionError, match="at most 65536 bytes unpacked"):
         decompress(data)
@@ -514,11 +612,18 @@ def test_steps_that_overflow_are_refused():
         decompress(joined(fields[:3] + [None, None], table, altered, symbols))
 
 
-@pytest.mark.parametrize("data, message", [
-    (b"", "must go on"), (b"RNPQ", "must go on"), (b"PK\x03\x04" + bytes(100), "must start with b'RNPQ'"),
-    (pickle.dumps({"weights": list(range(100))}), "must start with"), (bytes(1000), "must start with"),
-    (with_checksum(b"", version=2), "version must be 1, got 2"), (with_checksum(b""), "must go on"),
-])
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "must go on"),
+        (b"RNPQ", "must go on"),
+        (b"PK\x03\x04" + bytes(100), "must start with b'RNPQ'"),
+        (pickle.dumps({"weights": list(range(100))}), "must start with"),
+        (bytes(1000), "must start with"),
+        (with_checksum(b"", version=2), "version must be 1, got 2"),
+        (with_checksum(b""), "must go on"),
+    ],
+)
 def test_other_bytes_are_refused(data, message):
     with pytest.raises(CompressionError, match=message):
         decompress(data)
@@ -555,16 +660,27 @@ def test_pack_info_unpack(tmp_path, capsys, images, four_bits):
 
 
 def test_pack_by_path_with_options(tmp_path, capsys):
-    for checkpoint in (experiments.weights_path("pretrain"), experiments.weights_path("lab2e_global")):
-        status, _, _ = run(capsys, "pack", checkpoint, tmp_path / "a", "--coder", "huffman", "--float-bits", 16)
+    for checkpoint in (
+        experiments.weights_path("pretrain"),
+        experiments.weights_path("lab2e_global"),
+    ):
+        status, _, _ = run(
+            capsys, "pack", checkpoint, tmp_path / "a", "--coder", "huffman", "--float-bits", 16
+        )
         name = "pretrain" if "pretrained" in checkpoint.name else checkpoint.stem
-        assert status == 0 and (tmp_path / "a").read_bytes() == compress(shipped_net(name), "huffman", 16)
+        assert status == 0 and (tmp_path / "a").read_bytes() == compress(
+            shipped_net(name), "huffman", 16
+        )
 
 
-@pytest.mark.parametrize("checkpoint, message", [
-    ("lab3c_5bits", "must be one of pretrain, lab2c_oneshot"), ("nothing/lab9.pt", "must be one of pretrain"),
-    ("nothing/lab3c_4bit.pt", "no checkpoint at"),
-])
+@pytest.mark.parametrize(
+    "checkpoint, message",
+    [
+        ("lab3c_5bits", "must be one of pretrain, lab2c_oneshot"),
+        ("nothing/lab9.pt", "must be one of pretrain"),
+        ("nothing/lab3c_4bit.pt", "no checkpoint at"),
+    ],
+)
 def test_pack_names_what_is_allowed(checkpoint, message, tmp_path, capsys):
     status, out, err = run(capsys, "pack", checkpoint, tmp_path / "out")
     assert status == 1 and message in err and not out and not list(tmp_path.iterdir())

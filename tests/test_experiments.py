@@ -20,8 +20,21 @@ from pruning import DynamicPruning, layer_sparsity, sparsity
 from resnet20 import ResNetCIFAR
 from train_utils import load_weights
 
-ASSIGNED = dict(epochs=20, batch_size=256, lr=0.002, schedule="constant", warmup=0.0, momentum=0.875, nesterov=False,
-                weight_decay=1e-4, label_smoothing=0.0, symmetric=False, hold_zeros=True, keep="best", test_every=1)
+ASSIGNED = dict(
+    epochs=20,
+    batch_size=256,
+    lr=0.002,
+    schedule="constant",
+    warmup=0.0,
+    momentum=0.875,
+    nesterov=False,
+    weight_decay=1e-4,
+    label_smoothing=0.0,
+    symmetric=False,
+    hold_zeros=True,
+    keep="best",
+    test_every=1,
+)
 PRUNED = dict(start_from="pretrain", Nbits=None, q=70.0)
 EXPECTED = {
     "lab2c_oneshot": dict(PRUNED, prune="layer", prune_epochs=0),
@@ -52,12 +65,17 @@ def test_every_run_comes_after_the_run_it_starts_from():
 
 
 def test_an_unknown_run_is_refused_with_the_names_there_are():
-    with pytest.raises(ValueError, match="name must be one of pretrain, lab2c_oneshot.*got 'lab2f'"):
+    with pytest.raises(
+        ValueError, match="name must be one of pretrain, lab2c_oneshot.*got 'lab2f'"
+    ):
         experiments.get("lab2f")
 
 
 def test_an_untrained_run_says_what_to_type():
-    assert experiments.not_trained("lab3c_2bit") == "not trained yet: python experiments.py run lab3c_2bit"
+    assert (
+        experiments.not_trained("lab3c_2bit")
+        == "not trained yet: python experiments.py run lab3c_2bit"
+    )
 
 
 def test_building_is_reproducible_and_leaves_the_global_seed_alone():
@@ -67,7 +85,9 @@ def test_building_is_reproducible_and_leaves_the_global_seed_alone():
     net = experiments.build("lab3c_3bit", "cpu")
     assert torch.equal(torch.rand(1), expected)
     again = experiments.build("lab3c_3bit", "cpu")
-    assert net.Nbits == 3 and all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters()))
+    assert net.Nbits == 3 and all(
+        torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters())
+    )
 
 
 # ---------------------------------------------------------------- the pruning schedule
@@ -98,7 +118,9 @@ def test_iterative_runs_prune_to_7e_percent_in_ten_epochs_and_no_more(name, wide
     assert seen == pytest.approx([0.07 * epoch for epoch in range(1, 11)] + [0.0] * 10, abs=0.002)
 
 
-@pytest.mark.parametrize("name, expected", [("lab2c_oneshot", 0.7), ("lab3c_4bit", 0.0), ("pretrain", 0.0)])
+@pytest.mark.parametrize(
+    "name, expected", [("lab2c_oneshot", 0.7), ("lab3c_4bit", 0.0), ("pretrain", 0.0)]
+)
 def test_other_runs_prune_once_or_not_at_all(name, expected, wide_net):
     experiments.prune_before_epoch(experiments.get(name), 1, wide_net)
     assert sparsity(wide_net) == pytest.approx(expected, abs=0.002)
@@ -116,7 +138,8 @@ def test_bits_go_down_a_quarter_of_the_epochs_at_each_width():
         before = layer.step.detach().clone()
         experiments.set_width_before_epoch(run, epoch, net)
         widths.append(layer.Nbits)
-        assert torch.equal(layer.step, before) == (epoch not in (1, 3, 5))  # fitted anew where the width changes
+        # fitted anew where the width changes
+        assert torch.equal(layer.step, before) == (epoch not in (1, 3, 5))
         if epoch in (1, 3, 5):
             assert torch.equal(layer.step, fit_step(layer.weight, *code_range(layer.Nbits)))
     assert widths == [4, 4, 3, 3, 2, 2, 2, 2] and net.head_conv[0].Nbits is None
@@ -134,12 +157,15 @@ def test_a_run_that_regrows_tells_its_pruner_how_much_to_prune():
     assert run.regrow and not run.hold_zeros
 
 
-# ---------------------------------------------------------------- a laboratory with tiny runs in a folder of its own
+# ---------------------------------------------------------------- a laboratory with tiny runs in a
+# folder of its own
 
 
 @pytest.fixture
 def lab(monkeypatch, tmp_path, small_cifar):
-    """experiments.py copied into an empty folder, which is thereby its ROOT, with runs of a few steps."""
+    """experiments.py copied into an empty folder, which is thereby its ROOT, with runs of a few
+    steps.
+    """
     shutil.copy(experiments.__file__, tmp_path / "experiments.py")
     spec = importlib.util.spec_from_file_location("experiments", tmp_path / "experiments.py")
     module = importlib.util.module_from_spec(spec)
@@ -149,11 +175,22 @@ def lab(monkeypatch, tmp_path, small_cifar):
     monkeypatch.setattr(train_utils, "get_data", lambda device: tiny)
     monkeypatch.delenv("RETRAIN", raising=False)
     fast = dict(batch_size=64, lr=0.01)
-    module.RUNS = {run.name: run for run in [
-        module.Run("pretrain", "the start", start_from=None, epochs=1, keep="last", **fast),
-        module.Run("iterative", "pruned in two steps", prune="global", q=70.0, prune_epochs=2, epochs=3, **fast),
-        module.Run("quantized", "3 bits", start_from="iterative", Nbits=3, epochs=1, **fast),
-    ]}
+    module.RUNS = {
+        run.name: run
+        for run in [
+            module.Run("pretrain", "the start", start_from=None, epochs=1, keep="last", **fast),
+            module.Run(
+                "iterative",
+                "pruned in two steps",
+                prune="global",
+                q=70.0,
+                prune_epochs=2,
+                epochs=3,
+                **fast,
+            ),
+            module.Run("quantized", "3 bits", start_from="iterative", Nbits=3, epochs=1, **fast),
+        ]
+    }
     return module
 
 
@@ -162,27 +199,43 @@ def redefine(lab, name, **changes):
 
 
 def files_in(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
 
 
 def test_a_chain_of_runs_is_trained_recorded_and_loaded(lab, tmp_path):
     for name in lab.RUNS:
         lab.train_run(name)
     assert files_in(tmp_path) == {
-        "experiments.py", "pretrained_model.pt", "checkpoints/pretrain.json", "checkpoints/iterative.pt",
-        "checkpoints/iterative.json", "checkpoints/quantized.pt", "checkpoints/quantized.json",
+        "experiments.py",
+        "pretrained_model.pt",
+        "checkpoints/pretrain.json",
+        "checkpoints/iterative.pt",
+        "checkpoints/iterative.json",
+        "checkpoints/quantized.pt",
+        "checkpoints/quantized.json",
     }
     pretrained, iterative, quantized = map(lab.read_record, lab.RUNS)
     assert iterative["start_from_sha256"] == pretrained["weights_sha256"]
     assert quantized["start_from_sha256"] == iterative["weights_sha256"]
-    assert iterative["sparsity"] == pytest.approx(0.7, abs=1e-4) and quantized["sparsity"] >= iterative["sparsity"]
+    assert (
+        iterative["sparsity"] == pytest.approx(0.7, abs=1e-4)
+        and quantized["sparsity"] >= iterative["sparsity"]
+    )
     assert [entry["epoch"] for entry in iterative["history"]] == [1, 2, 3]
-    assert iterative["seconds"] == pytest.approx(sum(entry["seconds"] for entry in iterative["history"]))
+    assert iterative["seconds"] == pytest.approx(
+        sum(entry["seconds"] for entry in iterative["history"])
+    )
 
     net, record = lab.load_or_train("quantized")
     assert record == quantized and net.Nbits == 3
     loss, accuracy = train_utils.evaluate(net)
-    assert (loss, accuracy) == pytest.approx((record["test_loss"], record["test_accuracy"]), rel=1e-4)
+    assert (loss, accuracy) == pytest.approx(
+        (record["test_loss"], record["test_accuracy"]), rel=1e-4
+    )
     assert sparsity(net) == record["sparsity"] and layer_sparsity(net) == record["layer_sparsity"]
 
 
@@ -190,7 +243,9 @@ def test_a_run_starts_from_the_weights_of_its_parent(lab):
     lab.train_run("pretrain")
     redefine(lab, "quantized", start_from="pretrain", lr=0.0, weight_decay=0.0)
     lab.train_run("quantized")
-    parent, child = (dict(lab.load_or_train(name)[0].named_parameters()) for name in ("pretrain", "quantized"))
+    parent, child = (
+        dict(lab.load_or_train(name)[0].named_parameters()) for name in ("pretrain", "quantized")
+    )
     for name in parent:
         torch.testing.assert_close(child[name], parent[name], rtol=0, atol=1e-9)
 
@@ -216,7 +271,9 @@ def test_weights_recover_until_the_last_pruning_and_are_held_from_then_on(lab, m
 def evaluations(monkeypatch, *accuracies):
     """Have evaluate return these accuracies, one a call, and the last of them ever after."""
     calls = iter(accuracies)
-    monkeypatch.setattr(train_utils, "evaluate", lambda net, data=None: (1.0, next(calls, accuracies[-1])))
+    monkeypatch.setattr(
+        train_utils, "evaluate", lambda net, data=None: (1.0, next(calls, accuracies[-1]))
+    )
 
 
 def test_no_epoch_before_the_final_sparsity_is_shipped(lab, monkeypatch):
@@ -275,7 +332,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(lab, break_in_epoch, tmp_p
     mend()
     record = lab.train_run("iterative")
     assert record["weights_sha256"] == unbroken["weights_sha256"]
-    assert [e["train_loss"] for e in record["history"]] == [e["train_loss"] for e in unbroken["history"]]
+    assert [e["train_loss"] for e in record["history"]] == [
+        e["train_loss"] for e in unbroken["history"]
+    ]
     assert not list(tmp_path.rglob("*.resume.pt")) and not list(tmp_path.rglob("*.part"))
 
 
@@ -335,7 +394,9 @@ def trained_once(lab, trained_files, tmp_path):
 
 
 def test_a_run_without_its_parent_says_what_to_train_first(lab):
-    with pytest.raises(lab.RecordError, match="iterative starts from pretrain.*python experiments.py run pretrain"):
+    with pytest.raises(
+        lab.RecordError, match="iterative starts from pretrain.*python experiments.py run pretrain"
+    ):
         lab.train_run("iterative")
 
 
@@ -343,7 +404,9 @@ def test_a_run_whose_parents_weights_are_not_shipped_says_how_to_make_them(lab, 
     redefine(lab, "pretrain", held_out=28)
     lab.main(["run", "pretrain", "--force"])
     lab.weights_path("pretrain").unlink()
-    with pytest.raises(lab.RecordError, match="iterative starts from pretrain, whose .*run pretrain --force"):
+    with pytest.raises(
+        lab.RecordError, match="iterative starts from pretrain, whose .*run pretrain --force"
+    ):
         lab.train_run("iterative")
     assert lab.main(["run", "pretrain", "--force"]) == 0 and lab.train_run("iterative")
 
@@ -359,7 +422,8 @@ def test_a_setting_that_came_later_counts_as_its_default(lab, trained_once):
         lab.read_record("pretrain")
 
 
-# ---------------------------------------------------------------- seeds, held-out images, improved runs
+# ---------------------------------------------------------------- seeds, held-out images, improved
+# runs
 
 
 def test_a_seed_is_a_run_of_its_own_with_its_parents_of_that_seed():
@@ -369,7 +433,9 @@ def test_a_seed_is_a_run_of_its_own_with_its_parents_of_that_seed():
     assert experiments.get("pretrain@1").start_from is None
 
 
-@pytest.mark.parametrize("name", ["lab3d_2bit@", "lab3d_2bit@0", "lab3d_2bit@-1", "lab3d_2bit@x", "x@1"])
+@pytest.mark.parametrize(
+    "name", ["lab3d_2bit@", "lab3d_2bit@0", "lab3d_2bit@-1", "lab3d_2bit@x", "x@1"]
+)
 def test_a_seed_that_is_none_is_refused(name):
     with pytest.raises(ValueError, match=f"NAME@SEED, seed >= 1.*got '{name}'"):
         experiments.get(name)
@@ -404,8 +470,12 @@ def test_seeds_out_of_range_are_refused_before_any_training(lab, monkeypatch, ca
 def test_a_reader_that_closes_the_list_is_no_error():
     read, write = os.pipe()
     os.close(read)
-    process = subprocess.run([sys.executable, "experiments.py", "list"], cwd=REPOSITORY, stdout=write,
-                             stderr=subprocess.PIPE)
+    process = subprocess.run(
+        [sys.executable, "experiments.py", "list"],
+        cwd=REPOSITORY,
+        stdout=write,
+        stderr=subprocess.PIPE,
+    )
     os.close(write)
     assert process.stderr == b"" and process.returncode == 0
 
@@ -413,7 +483,9 @@ def test_a_reader_that_closes_the_list_is_no_error():
 def test_a_run_on_held_out_images_never_sees_the_test_set(lab, monkeypatch):
     tested = []
     evaluate = train_utils.evaluate
-    monkeypatch.setattr(train_utils, "evaluate", lambda net, data=None: tested.append(data) or evaluate(net, data))
+    monkeypatch.setattr(
+        train_utils, "evaluate", lambda net, data=None: tested.append(data) or evaluate(net, data)
+    )
     redefine(lab, "pretrain", held_out=28)
     record = lab.train_run("pretrain")
     everything = train_utils.get_data("cpu")
@@ -441,7 +513,9 @@ def test_a_child_with_a_learned_step_fits_it_to_its_own_width(lab, trained_once,
 def test_a_run_whose_pruned_weights_may_come_back_ends_as_sparse_as_it_should(lab, trained_once):
     redefine(lab, "iterative", regrow=True, hold_zeros=False, keep="last")
     record = lab.train_run("iterative")
-    assert [entry["sparsity"] for entry in record["history"]] == pytest.approx([0.35, 0.7, 0.7], abs=1e-3)
+    assert [entry["sparsity"] for entry in record["history"]] == pytest.approx(
+        [0.35, 0.7, 0.7], abs=1e-3
+    )
     assert record["sparsity"] == record["history"][-1]["sparsity"]
 
 
@@ -475,8 +549,16 @@ def test_the_long_ablation_is_the_improved_recipe_with_and_without_distillation(
                                        ("global_distill", "global_rate", "lab2e_global_improved")):
         a, b, c = (dataclasses.asdict(experiments.get(name))
                    for name in (f"ablation_long_{with_it}", f"ablation_long_{without}", improved))
-        assert {key for key in a if a[key] != b[key]} == {"name", "question", "distill"} and b["distill"] == 0
-        assert {key for key in a if a[key] != c[key]} == {"name", "question", "held_out", "start_from", "teacher"}
+        assert {key for key in a if a[key] != b[key]} == {"name", "question", "distill"} and b[
+            "distill"
+        ] == 0
+        assert {key for key in a if a[key] != c[key]} == {
+            "name",
+            "question",
+            "held_out",
+            "start_from",
+            "teacher",
+        }
 
 
 def test_nothing_in_the_ablation_has_seen_the_images_that_it_is_tested_on():
@@ -488,7 +570,10 @@ def test_nothing_in_the_ablation_has_seen_the_images_that_it_is_tested_on():
 
 
 def test_time_needed_grows_with_the_work(lab):
-    one, both = lab.seconds_needed(["iterative"], "cpu"), lab.seconds_needed(["iterative"] * 40, "cpu")
+    one, both = (
+        lab.seconds_needed(["iterative"], "cpu"),
+        lab.seconds_needed(["iterative"] * 40, "cpu"),
+    )
     assert 0 < one < both
 
 
@@ -500,14 +585,18 @@ def test_load_or_train_trains_what_is_missing_and_loads_it_the_next_time(lab, mo
     monkeypatch.setattr(lab, "train_run", None)
     again, same_record = lab.load_or_train("pretrain")
     assert same_record == record
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values())
+    )
 
 
 def test_load_or_train_loads_into_a_net_in_place(lab, trained_once):
     net = lab.build("pretrain")
     assert lab.load_or_train("pretrain", net)[0] is net
     expected = load_weights(lab.build("pretrain"), lab.weights_path("pretrain"))
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), expected.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), expected.state_dict().values())
+    )
 
 
 @pytest.mark.parametrize("value", ["0", ""])
@@ -517,15 +606,22 @@ def test_without_retrain_nothing_is_trained(lab, trained_once, monkeypatch, valu
     assert lab.load_or_train("pretrain")[1] == lab.read_record("pretrain")
 
 
-def test_retrain_trains_into_build_once_and_touches_nothing_shipped(lab, trained_once, monkeypatch, tmp_path):
+def test_retrain_trains_into_build_once_and_touches_nothing_shipped(
+    lab, trained_once, monkeypatch, tmp_path
+):
     shipped = {path: (tmp_path / path).read_bytes() for path in files_in(tmp_path)}
     trained, train_run = [], lab.train_run
-    monkeypatch.setattr(lab, "train_run", lambda name, folder: trained.append(name) or train_run(name, folder))
+    monkeypatch.setattr(
+        lab, "train_run", lambda name, folder: trained.append(name) or train_run(name, folder)
+    )
     monkeypatch.setenv("RETRAIN", "1")
     for _ in range(2):
         lab.load_or_train("pretrain")
     assert trained == ["pretrain"]
-    assert files_in(tmp_path) == set(shipped) | {"build/retrained/pretrain.pt", "build/retrained/pretrain.json"}
+    assert files_in(tmp_path) == set(shipped) | {
+        "build/retrained/pretrain.pt",
+        "build/retrained/pretrain.json",
+    }
     assert all((tmp_path / path).read_bytes() == content for path, content in shipped.items())
 
 
@@ -549,7 +645,9 @@ def test_list_names_every_run_with_its_result(lab, trained_once, capsys):
     assert f"{100 * accuracy:.2f} %" in lines[0] and "not trained" in lines[1]
 
 
-def test_run_trains_what_is_not_trained_and_force_trains_it_again(lab, trained_once, monkeypatch, capsys):
+def test_run_trains_what_is_not_trained_and_force_trains_it_again(
+    lab, trained_once, monkeypatch, capsys
+):
     trained, record = [], lab.read_record("pretrain")
     monkeypatch.setattr(lab, "train_run", lambda name, folder: trained.append(name) or record)
     assert lab.main(["run", "all"]) == 0 and trained == ["iterative", "quantized"]
@@ -557,22 +655,41 @@ def test_run_trains_what_is_not_trained_and_force_trains_it_again(lab, trained_o
     assert lab.main(["run", "pretrain", "--force"]) == 0 and trained[2:] == ["pretrain"]
 
 
-def test_run_into_another_folder_trains_from_nothing_and_goes_on_there(lab, trained_once, tmp_path, capsys):
+def test_run_into_another_folder_trains_from_nothing_and_goes_on_there(
+    lab, trained_once, tmp_path, capsys
+):
     shipped = files_in(tmp_path)
     into = ["--into", str(tmp_path / "again")]
-    assert lab.main(["run", "pretrain", *into]) == 0 and lab.main(["run", "pretrain", "iterative", *into]) == 0
+    assert (
+        lab.main(["run", "pretrain", *into]) == 0
+        and lab.main(["run", "pretrain", "iterative", *into]) == 0
+    )
     assert "pretrain: trained already" in capsys.readouterr().out
-    expected = {f"again/{name}.{end}" for name in ("pretrain", "iterative") for end in ("pt", "json")}
+    expected = {
+        f"again/{name}.{end}" for name in ("pretrain", "iterative") for end in ("pt", "json")
+    }
     assert files_in(tmp_path) - shipped == expected
     again = lab.read_record("iterative", tmp_path / "again")
-    assert again["start_from_sha256"] == lab.read_record("pretrain", tmp_path / "again")["weights_sha256"]
+    assert (
+        again["start_from_sha256"]
+        == lab.read_record("pretrain", tmp_path / "again")["weights_sha256"]
+    )
 
 
-@pytest.mark.parametrize("names, complaint", [
-    (["lab2f"], "error: name must be one of pretrain, iterative, quantized (or NAME@SEED, seed >= 1), got 'lab2f'"),
-    (["quantized"], "error: quantized starts from iterative, which is not trained yet: "
-                    "python experiments.py run iterative"),
-])
+@pytest.mark.parametrize(
+    "names, complaint",
+    [
+        (
+            ["lab2f"],
+            "error: name must be one of pretrain, iterative, quantized (or NAME@SEED, seed >= 1), got 'lab2f'",
+        ),
+        (
+            ["quantized"],
+            "error: quantized starts from iterative, which is not trained yet: "
+            "python experiments.py run iterative",
+        ),
+    ],
+)
 def test_run_reports_an_error_in_one_line(lab, capsys, names, complaint):
     assert lab.main(["run", *names]) == 1
     assert capsys.readouterr().err.splitlines() == [complaint]

@@ -17,9 +17,9 @@ from PIL import Image
 from pypdf import PdfReader
 from pypdf.generic import ContentStream
 
-import export_report
+from report import export as export_report
 from conftest import REPOSITORY
-from export_report import ReportError, export
+from report.export import ReportError, export
 
 TEXT_WIDTH = (8.5 - 2 * 0.9) * 72  # points, on letter paper with the report's margins
 RIGHT_EDGE = (8.5 - 0.9) * 72

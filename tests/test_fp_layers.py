@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from FP_layers import (
-    STE, FP_Conv, FP_Linear, LearnedStep, TernaryLevels, check_n_bits, code_range, fit_levels, fit_step,
+    STE,
+    FP_Conv,
+    FP_Linear,
+    LearnedStep,
+    TernaryLevels,
+    check_n_bits,
+    code_range,
+    fit_levels,
+    fit_step,
 )
 
 BITS = range(1, 17)
@@ -34,7 +42,9 @@ def pruned_weights(seed, shape=(8, 4, 3, 3)):
 
 
 weights = st.lists(
-    st.one_of(st.just(0.0), st.floats(-8, 8, width=32, allow_subnormal=False)), min_size=1, max_size=48
+    st.one_of(st.just(0.0), st.floats(-8, 8, width=32, allow_subnormal=False)),
+    min_size=1,
+    max_size=48,
 ).map(lambda values: torch.tensor(values, dtype=torch.float32))
 modes = st.sampled_from(MODES)
 
@@ -54,7 +64,9 @@ def test_symmetric_equals_fake_quantize(bit, seed):
 @pytest.mark.parametrize("bit", range(1, 9))
 def test_asymmetric_equals_fake_quantize_from_the_minimum(bit, seed):
     w = pruned_weights(seed)
-    grid = torch.fake_quantize_per_tensor_affine(w - w.min(), step_size(w, bit, False), 0, 0, steps(bit, False))
+    grid = torch.fake_quantize_per_tensor_affine(
+        w - w.min(), step_size(w, bit, False), 0, 0, steps(bit, False)
+    )
     expected = torch.where(w == 0, 0, grid + w.min())
     torch.testing.assert_close(STE.apply(w, bit), expected, rtol=0, atol=2e-6)
 
@@ -64,7 +76,10 @@ def test_asymmetric_equals_fake_quantize_with_a_zero_point(bit, zero_point):
     """Where zero is on the grid, no special treatment of pruned weights is needed to agree."""
     scale, top = 2.0**-5, steps(bit, False)
     ends = torch.tensor([-zero_point * scale, (top - zero_point) * scale])
-    inside = torch.rand(500, generator=torch.Generator().manual_seed(bit)) * (ends[1] - ends[0]) + ends[0]
+    inside = (
+        torch.rand(500, generator=torch.Generator().manual_seed(bit)) * (ends[1] - ends[0])
+        + ends[0]
+    )
     w = torch.cat([ends, inside, torch.zeros(3)])
     expected = torch.fake_quantize_per_tensor_affine(w, scale, zero_point, 0, top)
     torch.testing.assert_close(STE.apply(w, bit), expected, rtol=0, atol=1e-6)
@@ -92,7 +107,9 @@ def test_values_stay_near_in_range_and_on_few_levels(w, mode):
 @given(weights, modes)
 def test_quantizing_twice_changes_nothing(w, mode):
     once = STE.apply(w, *mode)
-    torch.testing.assert_close(STE.apply(once, *mode), once, rtol=0, atol=4e-6 * float(w.abs().max()))
+    torch.testing.assert_close(
+        STE.apply(once, *mode), once, rtol=0, atol=4e-6 * float(w.abs().max())
+    )
 
 
 @pytest.mark.parametrize("bit, symmetric", [mode for mode in MODES if mode[0] <= 8])
@@ -107,7 +124,9 @@ def test_a_pruned_zero_off_the_grid_is_one_level_more():
     assert STE.apply(w, 1).tolist() == [-1, 0, 2, 2]
 
 
-@pytest.mark.parametrize("bit, symmetric", [(None, False), (0, False), (None, True), (0, True), *MODES])
+@pytest.mark.parametrize(
+    "bit, symmetric", [(None, False), (0, False), (None, True), (0, True), *MODES]
+)
 def test_the_gradient_is_the_identity(bit, symmetric):
     w = pruned_weights(0).requires_grad_()
     gradient = torch.randn_like(w)
@@ -125,7 +144,9 @@ def test_no_bits_given_is_the_identity_and_0_bits_are_zeros(symmetric):
     assert torch.equal(STE.apply(w, 0, symmetric), torch.zeros_like(w))
 
 
-@pytest.mark.parametrize("bit, symmetric", [(1, False), (2, False), (2, True), (8, True), (16, False)])
+@pytest.mark.parametrize(
+    "bit, symmetric", [(1, False), (2, False), (2, True), (8, True), (16, False)]
+)
 @pytest.mark.parametrize("value", [0.0, -0.3, 7.0, 1e-30])
 def test_a_constant_tensor_is_returned_unchanged(value, bit, symmetric):
     w = torch.full((3, 4), value)
@@ -179,12 +200,27 @@ def test_integer_weights_are_refused():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda *bad: STE.apply(torch.ones(2), *bad), lambda n, s: FP_Linear(2, 2, Nbits=n, symmetric=s),
-             lambda n, s: FP_Conv(2, 2, 1, Nbits=n, symmetric=s)], ids=["STE", "FP_Linear", "FP_Conv"])
-@pytest.mark.parametrize("bit, symmetric, error", [
-    (1.5, False, TypeError), (4.0, False, TypeError), (True, False, TypeError), ("4", False, TypeError),
-    (-1, False, ValueError), (17, False, ValueError), (1, True, ValueError), (-1, True, ValueError),
-])
+    "make",
+    [
+        lambda *bad: STE.apply(torch.ones(2), *bad),
+        lambda n, s: FP_Linear(2, 2, Nbits=n, symmetric=s),
+        lambda n, s: FP_Conv(2, 2, 1, Nbits=n, symmetric=s),
+    ],
+    ids=["STE", "FP_Linear", "FP_Conv"],
+)
+@pytest.mark.parametrize(
+    "bit, symmetric, error",
+    [
+        (1.5, False, TypeError),
+        (4.0, False, TypeError),
+        (True, False, TypeError),
+        ("4", False, TypeError),
+        (-1, False, ValueError),
+        (17, False, ValueError),
+        (1, True, ValueError),
+        (-1, True, ValueError),
+    ],
+)
 def test_bits_without_a_quantizer_are_refused(make, bit, symmetric, error):
     with pytest.raises(error, match="Nbits must be None") as caught:
         make(bit, symmetric)
@@ -207,7 +243,9 @@ def test_cuda_equals_cpu(dtype, tolerance):
     for bit, symmetric in MODES:
         on_gpu = STE.apply(w.cuda(), bit, symmetric)
         assert on_gpu.device.type == "cuda" and on_gpu.dtype == dtype
-        torch.testing.assert_close(on_gpu.cpu(), STE.apply(w, bit, symmetric), rtol=0, atol=tolerance)
+        torch.testing.assert_close(
+            on_gpu.cpu(), STE.apply(w, bit, symmetric), rtol=0, atol=tolerance
+        )
 
 
 # ---------------------------------------------------------------- the learned step
@@ -234,13 +272,21 @@ STEPS = torch.linspace(0.05, 1.5, 6).view(6, 1, 1, 1)
 def test_learned_step_equals_fake_quantize_per_channel(lowest, highest):
     w = pruned_weights(0, (6, 4, 3, 3))
     zero_points = torch.zeros(6, dtype=torch.int)
-    expected = torch.fake_quantize_per_channel_affine(w, STEPS.flatten(), zero_points, 0, lowest, highest)
-    torch.testing.assert_close(LearnedStep.apply(w, STEPS, lowest, highest), expected, rtol=0, atol=1e-6)
+    expected = torch.fake_quantize_per_channel_affine(
+        w, STEPS.flatten(), zero_points, 0, lowest, highest
+    )
+    torch.testing.assert_close(
+        LearnedStep.apply(w, STEPS, lowest, highest), expected, rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("lowest, highest", RANGES)
-def test_gradients_are_those_autograd_finds_when_only_rounding_is_passed_straight_through(lowest, highest):
-    """The paper defines them by this composition; PyTorch's own kernel lets w's gradient pass half a step further."""
+def test_gradients_are_those_autograd_finds_when_only_rounding_is_passed_straight_through(
+    lowest, highest
+):
+    """The paper defines them by this composition; PyTorch's own kernel lets w's gradient pass half
+    a step further.
+    """
     w, step = pruned_weights(0, (6, 4, 3, 3)).requires_grad_(), STEPS.clone().requires_grad_()
     v = (w / step).clamp(lowest, highest)
     composed = (v + (v.round() - v).detach()) * step
@@ -256,21 +302,31 @@ def test_learned_step_yields_codes_times_the_step_and_keeps_zeros(w, step, limit
     step = torch.tensor([step])
     quantized = LearnedStep.apply(w, step, *limits)
     codes = (quantized / step).round()
-    assert torch.equal(quantized, codes * step)  # bit for bit: this is how a compressed file stores it
+    # bit for bit: this is how a compressed file stores it
+    assert torch.equal(quantized, codes * step)
     assert limits[0] <= codes.min() and codes.max() <= limits[1]
     assert (quantized[w == 0] == 0).all()
-    torch.testing.assert_close(LearnedStep.apply(quantized, step, *limits), quantized, rtol=0, atol=0)
+    torch.testing.assert_close(
+        LearnedStep.apply(quantized, step, *limits), quantized, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("lowest, highest", RANGES)
 def test_fitted_step_is_as_good_as_a_fine_search(lowest, highest):
-    w = pruned_weights(1, (5, 4, 3, 3)).double() * torch.tensor([0.01, 0.1, 1, 10, 100]).view(5, 1, 1, 1)
+    w = pruned_weights(1, (5, 4, 3, 3)).double() * torch.tensor([0.01, 0.1, 1, 10, 100]).view(
+        5, 1, 1, 1
+    )
     fitted = fit_step(w, lowest, highest)
     assert fitted.shape == (5, 1, 1, 1) and (fitted > 0).all()
     for row, step in zip(w.flatten(1), fitted.flatten()):
         def error(s):
             return ((row / s).round().clamp(lowest, highest) * s - row).square().sum(-1)
-        search = torch.linspace(1e-3, 1, 5000, dtype=torch.float64).unsqueeze(1) * row.abs().max() / highest
+
+        search = (
+            torch.linspace(1e-3, 1, 5000, dtype=torch.float64).unsqueeze(1)
+            * row.abs().max()
+            / highest
+        )
         assert error(step) <= 1.05 * error(search).min()
 
 
@@ -293,7 +349,9 @@ def test_ternary_levels_on_a_worked_example():
 def test_gradients_of_ternary_levels_are_those_of_the_chosen_levels():
     w, levels = pruned_weights(0, (6, 4, 3, 3)).requires_grad_(), LEVELS.clone().requires_grad_()
     large = w.detach().abs() > 0.05 * w.detach().abs().max()
-    composed = torch.where(large & (w > 0), levels[1], torch.where(large & (w < 0), -levels[0], 0.0))
+    composed = torch.where(
+        large & (w > 0), levels[1], torch.where(large & (w < 0), -levels[0], 0.0)
+    )
     upstream = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
     expected, = torch.autograd.grad(composed, levels, upstream)
     found = torch.autograd.grad(TernaryLevels.apply(w, levels), (w, levels), upstream)
@@ -334,14 +392,19 @@ def test_without_bits_a_layer_is_the_plain_one(case):
     assert torch.equal(layer(x), plain(x))
     layer(x).square().sum().backward()
     plain(x).square().sum().backward()
-    assert torch.equal(inner.weight.grad, plain.weight.grad) and torch.equal(inner.bias.grad, plain.bias.grad)
+    assert torch.equal(inner.weight.grad, plain.weight.grad) and torch.equal(
+        inner.bias.grad, plain.bias.grad
+    )
 
 
 @both_layers
 @pytest.mark.parametrize("bit, symmetric", [(2, False), (2, True), (4, False)])
 def test_a_layer_with_a_learned_step_starts_from_the_fitted_one_and_trains_it(case, bit, symmetric):
     layer, inner, _, x = case(Nbits=bit, symmetric=symmetric, quantizer="learned")
-    assert dict(layer.named_parameters())["step"].shape == (len(inner.weight), *[1] * (inner.weight.dim() - 1))
+    assert dict(layer.named_parameters())["step"].shape == (
+        len(inner.weight),
+        *[1] * (inner.weight.dim() - 1),
+    )
     assert torch.equal(layer.step, fit_step(inner.weight, *code_range(bit, symmetric)))
     expected = LearnedStep.apply(inner.weight, layer.step, *code_range(bit, symmetric))
     assert torch.equal(layer.quantized_weight(), expected)
@@ -389,7 +452,9 @@ def test_without_bits_a_quantizer_has_no_step(case):
 
 @both_layers
 def test_another_quantizer_is_refused(case):
-    with pytest.raises(ValueError, match="quantizer must be one of minmax, learned, ternary, got 'log'"):
+    with pytest.raises(
+        ValueError, match="quantizer must be one of minmax, learned, ternary, got 'log'"
+    ):
         case(Nbits=3, quantizer="log")
 
 
@@ -416,13 +481,19 @@ def test_star_import_yields_what_notebooks_of_the_course_use():
     names = {}
     exec("from FP_layers import *", names)
     assert names["torch"] is torch and names["nn"] is nn and names["F"] is F and names["np"] is np
-    assert names["math"].pi and (names["STE"], names["FP_Conv"], names["FP_Linear"]) == (STE, FP_Conv, FP_Linear)
+    assert names["math"].pi and (names["STE"], names["FP_Conv"], names["FP_Linear"]) == (
+        STE,
+        FP_Conv,
+        FP_Linear,
+    )
     assert names["device"] == torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("bit, symmetric", [(2, False), (4, True)])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_where_weights_are_not_checked_what_is_not_finite_stays_visible(monkeypatch, poison, bit, symmetric):
+def test_where_weights_are_not_checked_what_is_not_finite_stays_visible(
+    monkeypatch, poison, bit, symmetric
+):
     """As on a GPU and inside torch.compile; no weight but the pruned ones may come out finite."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     quantized = STE.apply(torch.tensor([0.5, poison, 0.0, -1.0]), bit, symmetric)

@@ -1,4 +1,6 @@
-"""The net made ready for evaluation computes what the net computes, and its fingerprint tells nets apart."""
+"""The net made ready for evaluation computes what the net computes, and its fingerprint tells nets
+apart.
+"""
 
 import copy
 import math
@@ -10,21 +12,34 @@ from torch import nn
 import train_utils
 from cifar10 import normalize
 from FP_layers import STE, FP_Conv
-from inference import fingerprint, for_evaluation
+from training.inference import fingerprint, for_evaluation
 from resnet20 import ResNetCIFAR
 from train_utils import evaluate, load_weights, save_weights
 
-QUANTIZERS = [dict(), dict(Nbits=4), dict(Nbits=2), dict(Nbits=3, symmetric=True), dict(Nbits=2, quantizer="learned"),
-              dict(Nbits=0)]
+QUANTIZERS = [
+    dict(),
+    dict(Nbits=4),
+    dict(Nbits=2),
+    dict(Nbits=3, symmetric=True),
+    dict(Nbits=2, quantizer="learned"),
+    dict(Nbits=0),
+]
 
 
 def lively(**arguments):
-    """A net whose BatchNorms are far from their defaults, one gamma exactly zero, in evaluation mode."""
+    """A net whose BatchNorms are far from their defaults, one gamma exactly zero, in evaluation
+    mode.
+    """
     torch.manual_seed(0)
     net = ResNetCIFAR(num_layers=14, **arguments)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+            for tensor in (
+                module.weight.data,
+                module.bias.data,
+                module.running_mean,
+                module.running_var,
+            ):
                 tensor.uniform_(0.5, 1.5)
             module.weight.data[0] = 0
     return net.eval()
@@ -54,9 +69,13 @@ def test_logits_are_those_of_the_net(arguments, x):
 
 
 @torch.no_grad()
-def test_every_quantized_weight_is_quantized_once_and_every_batchnorm_folded(monkeypatch, small_cifar):
+def test_every_quantized_weight_is_quantized_once_and_every_batchnorm_folded(
+    monkeypatch, small_cifar
+):
     calls, quantize = [], FP_Conv.quantized_weight
-    monkeypatch.setattr(FP_Conv, "quantized_weight", lambda self: calls.append(self) or quantize(self))
+    monkeypatch.setattr(
+        FP_Conv, "quantized_weight", lambda self: calls.append(self) or quantize(self)
+    )
     net = lively(Nbits=4)
     evaluate(net, small_cifar, batch_size=20)  # ten batches
     layers = [module for module in net.modules() if isinstance(module, FP_Conv)]
@@ -65,19 +84,37 @@ def test_every_quantized_weight_is_quantized_once_and_every_batchnorm_folded(mon
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", [
-    lambda net: net.head_conv[0].register_forward_hook(lambda *_: _[-1] * 2),
-    lambda net: net.body_op[1].conv2[1].register_forward_pre_hook(lambda *_: (_[-1][0] + 1,)),
-    lambda net: net.body_op[1].register_forward_hook(lambda *_: _[-1] * 2),
-    lambda net: setattr(net.head_conv[0], "forward", lambda x: x.mean(1, keepdim=True).expand(-1, 16, -1, -1)),
-    lambda net: setattr(net, "forward", lambda x: torch.zeros(len(x), 10)),
-    lambda net: net.head_conv.__setitem__(2, nn.Sigmoid()),
-    lambda net: net.head_conv.__setitem__(1, nn.Identity()),
-    lambda net: net.head_conv.__setitem__(1, nn.BatchNorm2d(16, track_running_stats=False).eval()),
-    lambda net: net.head_conv.__setitem__(1, nn.BatchNorm2d(16, affine=False).eval()),
-    lambda net: net.body_op.__setitem__(1, net.body_op[0]),  # one block, twice
-], ids=["hook", "pre-hook", "hook on a block", "forward of a layer", "forward of the net", "activation", "no norm",
-        "batch statistics", "plain norm", "shared"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.head_conv[0].register_forward_hook(lambda *_: _[-1] * 2),
+        lambda net: net.body_op[1].conv2[1].register_forward_pre_hook(lambda *_: (_[-1][0] + 1,)),
+        lambda net: net.body_op[1].register_forward_hook(lambda *_: _[-1] * 2),
+        lambda net: setattr(
+            net.head_conv[0], "forward", lambda x: x.mean(1, keepdim=True).expand(-1, 16, -1, -1)
+        ),
+        lambda net: setattr(net, "forward", lambda x: torch.zeros(len(x), 10)),
+        lambda net: net.head_conv.__setitem__(2, nn.Sigmoid()),
+        lambda net: net.head_conv.__setitem__(1, nn.Identity()),
+        lambda net: net.head_conv.__setitem__(
+            1, nn.BatchNorm2d(16, track_running_stats=False).eval()
+        ),
+        lambda net: net.head_conv.__setitem__(1, nn.BatchNorm2d(16, affine=False).eval()),
+        lambda net: net.body_op.__setitem__(1, net.body_op[0]),  # one block, twice
+    ],
+    ids=[
+        "hook",
+        "pre-hook",
+        "hook on a block",
+        "forward of a layer",
+        "forward of the net",
+        "activation",
+        "no norm",
+        "batch statistics",
+        "plain norm",
+        "shared",
+    ],
+)
 def test_a_net_that_was_tampered_with_computes_what_it_computes(change, x):
     net = lively(Nbits=4)
     untouched = net(x)
@@ -105,7 +142,8 @@ def test_a_missing_child_stays_missing(x):
 
 
 def plainly(net, data):
-    """Loss and accuracy by the definition, in one batch and in double precision after the logits."""
+    """Loss and accuracy by the definition, in one batch and in double precision after the logits.
+    """
     with torch.no_grad():
         logits = copy.deepcopy(net).eval()(normalize(data.test_images)).double()
     loss = nn.functional.cross_entropy(logits, data.test_labels).item()
@@ -116,7 +154,9 @@ def plainly(net, data):
 @pytest.mark.parametrize("batch_size", [None, 33])
 def test_evaluate_equals_a_plain_evaluation(small_cifar, arguments, batch_size):
     net = lively(**arguments)
-    assert evaluate(net, small_cifar, batch_size) == pytest.approx(plainly(net, small_cifar), rel=1e-4)
+    assert evaluate(net, small_cifar, batch_size) == pytest.approx(
+        plainly(net, small_cifar), rel=1e-4
+    )
 
 
 def test_a_compiled_net_is_evaluated_as_what_was_compiled(small_cifar):
@@ -161,7 +201,9 @@ def test_each_module_keeps_its_mode(small_cifar):
     net.head_conv[1].eval()  # as when its statistics are to stay
     modes = [module.training for module in net.modules()]
     evaluate(net, small_cifar)
-    assert [module.training for module in net.modules()] == modes and True in modes and False in modes
+    assert (
+        [module.training for module in net.modules()] == modes and True in modes and False in modes
+    )
 
 
 # ---------------------------------------------------------------- each net is tested once
@@ -173,7 +215,9 @@ def evaluations(monkeypatch, small_cifar):
     calls = []
     monkeypatch.setattr(train_utils, "_tested", {})
     monkeypatch.setattr(train_utils, "get_data", lambda device: small_cifar)
-    monkeypatch.setattr(train_utils, "evaluate", lambda net: calls.append(net) or evaluate(net, small_cifar))
+    monkeypatch.setattr(
+        train_utils, "evaluate", lambda net: calls.append(net) or evaluate(net, small_cifar)
+    )
     return calls
 
 
@@ -206,7 +250,9 @@ def another_activation(net):
     net.head_conv[2] = nn.LeakyReLU(0.1)
 
 
-@pytest.mark.parametrize("change", [move_a_weight, move_a_statistic, move_the_bias, another_activation])
+@pytest.mark.parametrize(
+    "change", [move_a_weight, move_a_statistic, move_the_bias, another_activation]
+)
 def test_a_net_that_computes_something_else_is_evaluated(evaluations, change):
     net = lively(Nbits=4)
     train_utils.test(net)
@@ -215,9 +261,15 @@ def test_a_net_that_computes_something_else_is_evaluated(evaluations, change):
     assert len(evaluations) == 2
 
 
-@pytest.mark.parametrize("arguments", [dict(Nbits=4), dict(Nbits=4, symmetric=True), dict(Nbits=3)], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [dict(Nbits=4), dict(Nbits=4, symmetric=True), dict(Nbits=3)], ids=str
+)
 def test_other_bits_have_another_fingerprint(arguments):
-    assert fingerprint(lively(**arguments)) == fingerprint(lively(**arguments)) != fingerprint(lively(Nbits=5))
+    assert (
+        fingerprint(lively(**arguments))
+        == fingerprint(lively(**arguments))
+        != fingerprint(lively(Nbits=5))
+    )
 
 
 def test_other_data_are_evaluated(evaluations, monkeypatch, small_cifar):

@@ -1,4 +1,6 @@
-"""Lab 1's notebook: functions against independent oracles, results against other solvers, stored outputs."""
+"""Lab 1's notebook: functions against independent oracles, results against other solvers, stored
+outputs.
+"""
 
 import itertools
 from pathlib import Path
@@ -28,7 +30,8 @@ def read():
 
 @pytest.fixture(scope="module")
 def lab():
-    """Run the notebook's code cells once, its asserts included; return everything that they define."""
+    """Run the notebook's code cells once, its asserts included; return everything that they define.
+    """
     backend = matplotlib.get_backend()
     matplotlib.use("Agg")
     names = {}
@@ -74,7 +77,10 @@ def test_gradient_is_the_central_difference(lab):
 
 
 def test_limit_of_mu_separates_convergence_from_divergence(lab):
-    below, above = (lab.descend(lambda W: W - m * lab.limit * lab.gradient(W), steps=2000)[-1] for m in (0.99, 1.01))
+    below, above = (
+        lab.descend(lambda W: W - m * lab.limit * lab.gradient(W), steps=2000)[-1]
+        for m in (0.99, 1.01)
+    )
     assert lab.loss(below) < 1e-20 and lab.loss(above) > 1e6
 
 
@@ -124,8 +130,12 @@ def test_only_one_sparse_solution_is_exact(lab):
 def test_soft_threshold_is_the_numerical_prox(lab, v, t):
     ours = lab.soft_threshold(v, t)
     for value, z in zip(v, ours):
-        found = minimize_scalar(lambda z: 0.5 * (z - value) ** 2 + t * abs(z), bounds=(-6, 6), method="bounded",
-                                options={"xatol": 1e-10}).x
+        found = minimize_scalar(
+            lambda z: 0.5 * (z - value) ** 2 + t * abs(z),
+            bounds=(-6, 6),
+            method="bounded",
+            options={"xatol": 1e-10},
+        ).x
         assert z == pytest.approx(found, abs=1e-5)
     assert np.all((ours == 0) == (np.abs(v) <= t))  # exact zeros, the tie included
 
@@ -135,7 +145,9 @@ def test_closed_form_is_what_lasso_finds(lab, lam):
     lasso = Lasso(alpha=lam / (2 * len(lab.y)), fit_intercept=False, tol=1e-14, max_iter=200_000)
     found = lasso.fit(lab.X, lab.y).coef_
     np.testing.assert_allclose(lab.closed_form(lam), found, atol=1e-6)
-    np.testing.assert_allclose(lab.descend(lab.proximal_step(lam), steps=1000)[-1], found, atol=1e-6)
+    np.testing.assert_allclose(
+        lab.descend(lab.proximal_step(lam), steps=1000)[-1], found, atol=1e-6
+    )
 
 
 def test_proximal_runs_after_200_steps(lab):
@@ -146,7 +158,10 @@ def test_proximal_runs_after_200_steps(lab):
 
 def test_subgradient_step_descends_the_objective_where_it_is_smooth(lab):
     W, lam = np.array([1.0, -2.0, 0.5, 3.0, -1.0]), 0.7
-    slope = [(lab.objective(W + 1e-3 * e, lam) - lab.objective(W - 1e-3 * e, lam)) / 2e-3 for e in np.eye(5)]
+    slope = [
+        (lab.objective(W + 1e-3 * e, lam) - lab.objective(W - 1e-3 * e, lam)) / 2e-3
+        for e in np.eye(5)
+    ]
     np.testing.assert_allclose((W - lab.subgradient_step(lam)(W)) / lab.mu, slope, atol=1e-8)
 
 
@@ -162,7 +177,8 @@ def test_subgradient_runs_hold_no_zero_and_stay_off_the_minimum(lab):
 @exhaustive
 @given(v=vectors, t=thresholds)
 def test_trimmed_prox_is_the_best_over_all_supports(lab, v, t):
-    # The trimmed penalty is the least over all choices of two free elements; each choice alone is an easy prox.
+    # The trimmed penalty is the least over all choices of two free elements; each choice alone is
+    # an easy prox.
     best = np.inf
     for penalized in itertools.combinations(range(5), 3):
         z = v.copy()
@@ -203,7 +219,10 @@ def test_stored_notebook_was_run_from_top_to_bottom():
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     for cell in code:
         assert len(cell.source.splitlines()) <= 15, cell.id
-        assert all(output.output_type != "error" and output.get("name") != "stderr" for output in cell.outputs), cell.id
+        assert all(
+            output.output_type != "error" and output.get("name") != "stderr"
+            for output in cell.outputs
+        ), cell.id
         assert str(ROOT) not in str(cell.outputs)
 
 
@@ -216,6 +235,11 @@ def test_questions_and_points_are_the_assignments():
 
 @pytest.mark.parametrize("question, figures", [("b", 1), ("c", 1), ("d", 3), ("e", 3), ("f", 3)])
 def test_both_kinds_of_figure_are_stored_for_each_question(question, figures):
-    images = [output for cell in read().cells if cell.cell_type == "code" and cell.id == f"{question}-run"
-              for output in cell.outputs if "image/png" in output.get("data", {})]
+    images = [
+        output
+        for cell in read().cells
+        if cell.cell_type == "code" and cell.id == f"{question}-run"
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
     assert len(images) == figures

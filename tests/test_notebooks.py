@@ -1,4 +1,6 @@
-"""The stored notebooks are whole and clean, and nbval goes red when a stored result or a shown source is altered."""
+"""The stored notebooks are whole and clean, and nbval goes red when a stored result or a shown
+source is altered.
+"""
 
 import copy
 import json
@@ -52,7 +54,11 @@ def test_ignored_output_always_comes_with_an_assert_or_a_figure(notebook):
     """A cell whose output nbval does not compare must check its claim itself."""
     for cell in code_cells(notebook):
         if "NBVAL_IGNORE_OUTPUT" in cell.source:
-            checked = "assert " in cell.source or "figures.plot" in cell.source or cell.source.startswith("Nbits")
+            checked = (
+                "assert " in cell.source
+                or "figures.plot" in cell.source
+                or cell.source.startswith("Nbits")
+            )
             assert checked, cell.source
 
 
@@ -83,9 +89,15 @@ def test_blocks_4_and_5_keep_their_roles():
 
 @pytest.fixture(scope="module")
 def shipped_part():
-    """The first cells of the shipped Lab 1, up to the numbers that plain gradient descent ends with."""
+    """The first cells of the shipped Lab 1, up to the numbers that plain gradient descent ends
+    with.
+    """
     notebook = nbformat.read(ROOT / "lab1_sparse_linear.ipynb", as_version=4)
-    last = next(i for i, cell in enumerate(notebook.cells) if "$W_{200}$" in cell.source and cell.cell_type == "code")
+    last = next(
+        i
+        for i, cell in enumerate(notebook.cells)
+        if "$W_{200}$" in cell.source and cell.cell_type == "code"
+    )
     notebook.cells = notebook.cells[: last + 1]
     return notebook
 
@@ -97,7 +109,9 @@ def alter_nothing(notebook, folder):
 def alter_one_digit(notebook, folder):
     """The last digit of the last number that the notebook shows."""
     shown = notebook.cells[-1].outputs[-1].data
-    shown["text/markdown"] = re.sub(r"(\d)(?=\D*$)", lambda digit: str(9 - int(digit[1])), shown["text/markdown"])
+    shown["text/markdown"] = re.sub(
+        r"(\d)(?=\D*$)", lambda digit: str(9 - int(digit[1])), shown["text/markdown"]
+    )
 
 
 def alter_a_helper_in_the_notebook(notebook, folder):
@@ -117,7 +131,10 @@ def test_nbval_on_a_copy_of_a_shipped_notebook(tmp_path, shipped_part, alter):
     notebook = copy.deepcopy(shipped_part)
     shutil.copy(ROOT / "figures.py", tmp_path)
     alter(notebook, tmp_path)
-    changed = notebook != shipped_part or (tmp_path / "figures.py").read_bytes() != (ROOT / "figures.py").read_bytes()
+    changed = (
+        notebook != shipped_part
+        or (tmp_path / "figures.py").read_bytes() != (ROOT / "figures.py").read_bytes()
+    )
     result = run_nbval(tmp_path, notebook)
     assert (result.returncode == 1) == changed == (alter is not alter_nothing), result.stdout
     if alter is alter_one_digit:
@@ -126,19 +143,40 @@ def test_nbval_on_a_copy_of_a_shipped_notebook(tmp_path, shipped_part, alter):
 
 def run_nbval(folder, notebook):
     nbformat.write(notebook, folder / "copy.ipynb")
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider",
-               "--nbval-sanitize-with", str(ROOT / "tests" / "nbval_sanitize.cfg"), "-c", "/dev/null",
-               "--rootdir", str(folder), "copy.ipynb"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval",
+        "--nbval-current-env",
+        "-p",
+        "no:cacheprovider",
+        "--nbval-sanitize-with",
+        str(ROOT / "tests" / "nbval_sanitize.cfg"),
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        str(folder),
+        "copy.ipynb",
+    ]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
 def small_notebook():
     """An executed notebook of two cells that show an exact number and a helper's source."""
-    sources = ["import sys\nsys.path[:0] = [ROOT]\nprint(f'{2 / 3:.6f}')".replace("ROOT", repr(str(ROOT))),
-               "from FP_layers import FP_Linear\nfrom figures import show_source\nshow_source(FP_Linear.forward)"]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    sources = [
+        "import sys\nsys.path[:0] = [ROOT]\nprint(f'{2 / 3:.6f}')".replace("ROOT", repr(str(ROOT))),
+        "from FP_layers import FP_Linear\nfrom figures import show_source\nshow_source(FP_Linear.forward)",
+    ]
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(source) for source in sources]
+    )
+    notebook.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     from nbclient import NotebookClient
 
     return NotebookClient(notebook, timeout=120).execute()

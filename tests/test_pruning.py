@@ -13,8 +13,14 @@ from torch.nn.utils import prune
 
 from FP_layers import FP_Conv, FP_Linear
 from pruning import (
-    DynamicPruning, apply_masks, global_prune_by_percentage, layer_sparsity, prunable_layers, prune_by_percentage,
-    sparsity, weight_masks,
+    DynamicPruning,
+    apply_masks,
+    global_prune_by_percentage,
+    layer_sparsity,
+    prunable_layers,
+    prune_by_percentage,
+    sparsity,
+    weight_masks,
 )
 from resnet20 import ResNetCIFAR
 
@@ -46,7 +52,9 @@ def test_weights_at_or_below_numpys_percentile_are_zero_and_others_untouched(val
 
 @given(st.integers(1, 400), st.integers(0, 100), st.randoms(use_true_random=False))
 def test_counts_are_exact_for_distinct_magnitudes(n, q, random):
-    """floor(q (n - 1) / 100) + 1 weights, in exact arithmetic; where q/100 itself is rounded, one may be missing."""
+    """floor(q (n - 1) / 100) + 1 weights, in exact arithmetic; where q/100 itself is rounded, one
+    may be missing.
+    """
     values = list(range(1, n + 1))
     random.shuffle(values)
     layer = linear([value * random.choice((-1, 1)) for value in values])
@@ -55,7 +63,9 @@ def test_counts_are_exact_for_distinct_magnitudes(n, q, random):
     pruned = int((layer.weight == 0).sum())
     expected = position.__floor__() + 1
     assert pruned == expected or position.denominator == 1 and pruned == expected - 1
-    assert layer.weight.abs().flatten().sort().values[pruned:].tolist() == list(range(pruned + 1, n + 1))
+    assert layer.weight.abs().flatten().sort().values[pruned:].tolist() == list(
+        range(pruned + 1, n + 1)
+    )
 
 
 @pytest.mark.parametrize("q", [10, 30.0, 70.0, 99.5])
@@ -82,7 +92,9 @@ def test_edges(values, q, expected):
     assert layer.weight.flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("make", [lambda: FP_Conv(4, 4, 3), lambda: FP_Linear(30, 7), lambda: nn.Conv2d(4, 4, 3)])
+@pytest.mark.parametrize(
+    "make", [lambda: FP_Conv(4, 4, 3), lambda: FP_Linear(30, 7), lambda: nn.Conv2d(4, 4, 3)]
+)
 def test_the_course_wrappers_and_plain_layers_are_taken(make):
     layer = make()
     prune_by_percentage(layer)
@@ -114,15 +126,21 @@ def test_the_global_mask_is_that_of_torchs_global_unstructured(net, q):
 def test_global_pruning_leaves_shortcuts_norms_and_biases_alone(net):
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     global_prune_by_percentage(net, 90.0)
-    changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {
+        name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])
+    }
     names = [name for name, _ in prunable_layers(net)]
-    assert changed == {f"{name}.{'linear' if name == 'final_fc' else 'conv'}.weight" for name in names}
+    assert changed == {
+        f"{name}.{'linear' if name == 'final_fc' else 'conv'}.weight" for name in names
+    }
     assert not any("id_mapping" in name for name in changed)
 
 
 def test_prunable_layers_are_named_in_forward_order(net):
     assert [name for name, _ in prunable_layers(net)] == [
-        "head_conv.0", *(f"body_op.{block}.conv{i}.0" for block in range(3) for i in (1, 2)), "final_fc",
+        "head_conv.0",
+        *(f"body_op.{block}.conv{i}.0" for block in range(3) for i in (1, 2)),
+        "final_fc",
     ]
 
 
@@ -183,7 +201,8 @@ def test_masks_bring_pruned_weights_back_to_zero_and_keep_the_others(net):
 
 
 def test_dynamic_pruning_trains_pruned_weights_out_of_sight_and_brings_them_back():
-    """Two of five weights are pruned; gradients of one a step let the smallest overtake the others."""
+    """Two of five weights are pruned; gradients of one a step let the smallest overtake the others.
+    """
     layer = linear([1.0, 2.0, 3.0, 4.0, 5.0])
     optimizer = torch.optim.SGD([layer.weight], lr=1.0)
     optimizer.register_step_post_hook(DynamicPruning(nn.Sequential(layer), q=25, every=3))
@@ -195,10 +214,14 @@ def test_dynamic_pruning_trains_pruned_weights_out_of_sight_and_brings_them_back
     assert seen == [[0, 0, 3, 4, 5], [0, 0, 3, 4, 5], [0, 0, 3, 3, 5], [5, 0, 0, 0, 5]]
 
 
-def test_dynamic_pruning_of_a_net_is_exact_after_each_step_and_goes_on_from_the_optimizers_state(net):
+def test_dynamic_pruning_of_a_net_is_exact_after_each_step_and_goes_on_from_the_optimizers_state(
+    net,
+):
     def steps(net, optimizer, n):
         for i in n:
-            net(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i))).square().sum().backward()
+            net(
+                torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i))
+            ).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
             yield sparsity(net)
@@ -218,7 +241,10 @@ def test_dynamic_pruning_of_a_net_is_exact_after_each_step_and_goes_on_from_the_
     for which in ((net, optimizer), (resumed, again)):
         list(steps(*which, range(4, 7)))
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), resumed.parameters()))
-    grown = sum(int(((before[name] == 0) & (layer.weight != 0)).sum()) for name, layer in prunable_layers(net))
+    grown = sum(
+        int(((before[name] == 0) & (layer.weight != 0)).sum())
+        for name, layer in prunable_layers(net)
+    )
     assert grown > 0
 
 

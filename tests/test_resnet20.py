@@ -1,4 +1,5 @@
-"""The architecture against published counts and a ResNet-20 written with torch.nn.functional alone."""
+"""The architecture against published counts and a ResNet-20 written with torch.nn.functional alone.
+"""
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ def expected_keys():
     """The names in the course's checkpoint, spelled out for ResNet-20."""
 
     def norm(prefix):
-        return [f"{prefix}.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+        return [
+            f"{prefix}.{name}"
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        ]
 
     keys = ["head_conv.0.conv.weight", *norm("head_conv.1")]
     for block in range(9):
@@ -31,8 +35,13 @@ def plain_resnet20(state, x, training=False):
     def conv_norm(x, prefix, stride):
         weight = state[f"{prefix}.0.conv.weight"]
         x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
-        mean, var = state[f"{prefix}.1.running_mean"].clone(), state[f"{prefix}.1.running_var"].clone()
-        return F.batch_norm(x, mean, var, state[f"{prefix}.1.weight"], state[f"{prefix}.1.bias"], training)
+        mean, var = (
+            state[f"{prefix}.1.running_mean"].clone(),
+            state[f"{prefix}.1.running_var"].clone(),
+        )
+        return F.batch_norm(
+            x, mean, var, state[f"{prefix}.1.weight"], state[f"{prefix}.1.bias"], training
+        )
 
     head = {key.replace("head_conv.", "head."): value for key, value in state.items()}
     state = {**state, **head}
@@ -68,7 +77,9 @@ def test_state_has_the_keys_of_the_course():
 
 
 # He et al. count identity shortcuts; the two 1x1 projections with their BatchNorms add 2,752.
-@pytest.mark.parametrize("num_layers, published", [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018)])
+@pytest.mark.parametrize(
+    "num_layers, published", [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018)]
+)
 def test_parameters_are_as_many_as_published(num_layers, published):
     net = ResNetCIFAR(num_layers=num_layers)
     assert sum(p.numel() for p in net.parameters()) == published + 2752
@@ -95,7 +106,9 @@ def test_the_stages_and_nothing_else_are_quantized(lively_net, x, n_bits, symmet
     quantized_net = ResNetCIFAR(Nbits=n_bits, symmetric=symmetric).eval()
     quantized_net.load_state_dict(lively_net.state_dict())
     state = {
-        name: STE.apply(tensor, n_bits, symmetric) if name.startswith("body_op") and "conv.weight" in name else tensor
+        name: STE.apply(tensor, n_bits, symmetric)
+        if name.startswith("body_op") and "conv.weight" in name
+        else tensor
         for name, tensor in lively_net.state_dict().items()
     }
     torch.testing.assert_close(quantized_net(x), plain_resnet20(state, x), rtol=1e-4, atol=1e-4)
@@ -107,9 +120,15 @@ def test_every_parameter_gets_a_gradient_through_the_quantizers(x):
     assert all(p.grad is not None and p.grad.any() for p in net.parameters())
 
 
-@pytest.mark.parametrize("in_chs, out_chs, strides, shape", [
-    (16, 16, 1, (2, 16, 8, 8)), (16, 32, 2, (2, 32, 4, 4)), (16, 32, 1, (2, 32, 8, 8)), (16, 16, 2, (2, 16, 4, 4)),
-])
+@pytest.mark.parametrize(
+    "in_chs, out_chs, strides, shape",
+    [
+        (16, 16, 1, (2, 16, 8, 8)),
+        (16, 32, 2, (2, 32, 4, 4)),
+        (16, 32, 1, (2, 32, 8, 8)),
+        (16, 16, 2, (2, 16, 4, 4)),
+    ],
+)
 def test_a_block_projects_its_shortcut_where_shapes_differ(in_chs, out_chs, strides, shape):
     block = ResNet_Block(in_chs, out_chs, strides)
     assert block(torch.randn(2, in_chs, 8, 8)).shape == shape

@@ -1,4 +1,6 @@
-"""The benchmark: its assigned pipeline is the assigned one, its numbers add up, and it runs in seconds with --quick."""
+"""The benchmark: its assigned pipeline is the assigned one, its numbers add up, and it runs in
+seconds with --quick.
+"""
 
 import copy
 import itertools
@@ -26,7 +28,9 @@ def net():
 
 
 def test_the_assigned_loader_is_the_assigned_one(small_cifar):
-    loader = throughput.assigned_loader(small_cifar.train_images, small_cifar.train_labels, 100, 2, train=True)
+    loader = throughput.assigned_loader(
+        small_cifar.train_images, small_cifar.train_labels, 100, 2, train=True
+    )
     crop, flip, to_tensor, normalize = loader.dataset.transform.transforms
     assert isinstance(crop, transforms.RandomCrop) and (crop.size, crop.padding) == ((32, 32), 4)
     assert isinstance(flip, transforms.RandomHorizontalFlip) and flip.p == 0.5
@@ -40,25 +44,38 @@ def test_the_assigned_loader_is_the_assigned_one(small_cifar):
 
 
 def test_the_assigned_test_loader_yields_the_test_set_in_order(small_cifar):
-    loader = throughput.assigned_loader(small_cifar.test_images, small_cifar.test_labels, 64, 0, train=False)
+    loader = throughput.assigned_loader(
+        small_cifar.test_images, small_cifar.test_labels, 64, 0, train=False
+    )
     xs, ys = zip(*loader)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)))
-    torch.testing.assert_close(torch.cat(xs), (small_cifar.test_images / 255 - mean) / std, rtol=0, atol=1e-5)
+    mean, std = (
+        torch.tensor(v).view(1, 3, 1, 1)
+        for v in ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+    )
+    torch.testing.assert_close(
+        torch.cat(xs), (small_cifar.test_images / 255 - mean) / std, rtol=0, atol=1e-5
+    )
     assert torch.equal(torch.cat(ys), small_cifar.test_labels)
 
 
 def test_the_assigned_net_is_ours_with_plain_activations():
     torch.manual_seed(0)
-    assigned = throughput.Pipeline("assigned", SimpleNamespace(train_images=torch.zeros(1)), 1, 0).net
+    assigned = throughput.Pipeline(
+        "assigned", SimpleNamespace(train_images=torch.zeros(1)), 1, 0
+    ).net
     ours = throughput.Pipeline("eager", SimpleNamespace(train_images=torch.zeros(1)), 1, 0).net
-    inplace = [[m.inplace for m in net.modules() if isinstance(m, nn.ReLU)] for net in (assigned, ours)]
+    inplace = [
+        [m.inplace for m in net.modules() if isinstance(m, nn.ReLU)] for net in (assigned, ours)
+    ]
     assert inplace == [[False] * 19, [True] * 19]
     for (name, a), (other, b) in zip(assigned.state_dict().items(), ours.state_dict().items()):
         assert name == other and torch.equal(a, b)
 
 
 def test_the_assigned_process_has_none_of_our_allocator_settings(monkeypatch, small_cifar):
-    settings = (REPOSITORY / "Makefile").read_text().partition("ALLOCATOR := ")[2].splitlines()[0].split()
+    settings = (
+        (REPOSITORY / "Makefile").read_text().partition("ALLOCATOR := ")[2].splitlines()[0].split()
+    )
     assert tuple(setting.partition("=")[0] for setting in settings) == throughput.ALLOCATOR
     for setting in settings:
         monkeypatch.setenv(*setting.split("=", 1))
@@ -73,7 +90,9 @@ def test_the_assigned_process_has_none_of_our_allocator_settings(monkeypatch, sm
 
 def test_both_pipelines_train_the_same_net(net, small_cifar):
     """On the same batches they are the same computation, so that only speed is compared."""
-    loader = throughput.assigned_loader(small_cifar.test_images, small_cifar.test_labels, 50, 0, train=False)
+    loader = throughput.assigned_loader(
+        small_cifar.test_images, small_cifar.test_labels, 50, 0, train=False
+    )
     other = copy.deepcopy(net)
 
     def sgd(net):
@@ -87,7 +106,9 @@ def test_both_pipelines_train_the_same_net(net, small_cifar):
 
 
 def test_the_clock_starts_after_the_warm_up_and_the_parts_fill_it(monkeypatch, small_cifar):
-    """With a clock that advances by one at each look, every part of a step takes as many looks as it has."""
+    """With a clock that advances by one at each look, every part of a step takes as many looks as
+    it has.
+    """
     clock = itertools.count()
     monkeypatch.setattr(throughput, "now", lambda device: float(next(clock)))
     pipeline = throughput.Pipeline("eager", small_cifar, 16, workers=0)
@@ -121,7 +142,9 @@ def test_two_evaluations_that_disagree_are_an_error(monkeypatch, small_cifar):
         throughput.evaluation(small_cifar, assigned, SimpleNamespace(rounds=1))
 
 
-def test_quick_measures_everything_and_shows_what_it_wrote(monkeypatch, small_cifar, tmp_path, capsys):
+def test_quick_measures_everything_and_shows_what_it_wrote(
+    monkeypatch, small_cifar, tmp_path, capsys
+):
     monkeypatch.setattr(throughput.cifar10, "load", lambda device: small_cifar)
     out = tmp_path / "speed.json"
     assert throughput.main(["--quick", "--device", "cpu", "--workers", "1", "--out", str(out)]) == 0

@@ -1,4 +1,6 @@
-"""The training loop: against plain PyTorch loops, killed and resumed, and with everything that can go wrong."""
+"""The training loop: against plain PyTorch loops, killed and resumed, and with everything that can
+go wrong.
+"""
 
 import copy
 import errno
@@ -23,11 +25,28 @@ import train_utils
 from cifar10 import Batches, normalize
 from conftest import REPOSITORY
 from FP_layers import fit_levels, fit_step
-from pruning import DynamicPruning, global_prune_by_percentage, prunable_layers, sparsity, weight_masks
+from pruning import (
+    DynamicPruning,
+    global_prune_by_percentage,
+    prunable_layers,
+    sparsity,
+    weight_masks,
+)
 from resnet20 import ResNetCIFAR
 from train_utils import (
-    SoftTargets, atomic_save, evaluate, execution, finetune, finetune_after_prune, fit, learning_rate, load_weights,
-    save_weights, train, train_epoch, training_speed,
+    SoftTargets,
+    atomic_save,
+    evaluate,
+    execution,
+    finetune,
+    finetune_after_prune,
+    fit,
+    learning_rate,
+    load_weights,
+    save_weights,
+    train,
+    train_epoch,
+    training_speed,
 )
 
 
@@ -53,7 +72,9 @@ def state_of(net):
 
 
 def same(state, other):
-    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+    return state.keys() == other.keys() and all(
+        torch.equal(state[name], other[name]) for name in state
+    )
 
 
 def without_seconds(history):
@@ -65,7 +86,10 @@ def optimizer_steps():
     """What SGD was set to at each step."""
     seen = []
     hook = register_optimizer_step_pre_hook(
-        lambda optimizer, *_: seen.append({k: v for k, v in optimizer.param_groups[0].items() if k != "params"}))
+        lambda optimizer, *_: seen.append(
+            {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+        )
+    )
     yield seen
     hook.remove()
 
@@ -75,8 +99,12 @@ def optimizer_steps():
 
 def test_it_learns_on_a_slice_of_cifar10(monkeypatch, cifar):
     """Chance is 10 %, with a deviation of 1 point on 1,000 images."""
-    data = cifar._replace(train_images=cifar.train_images[:2048], train_labels=cifar.train_labels[:2048],
-                          test_images=cifar.test_images[:1000], test_labels=cifar.test_labels[:1000])
+    data = cifar._replace(
+        train_images=cifar.train_images[:2048],
+        train_labels=cifar.train_labels[:2048],
+        test_images=cifar.test_images[:1000],
+        test_labels=cifar.test_labels[:1000],
+    )
     monkeypatch.setattr(train_utils, "get_data", lambda device: data)
     net = make_net(Nbits=4)
     history = train(net, epochs=6, batch_size=64, lr=0.05, reg=1e-4)
@@ -94,7 +122,11 @@ def test_it_learns_on_a_slice_of_cifar10(monkeypatch, cifar):
 def test_an_epoch_equals_a_plain_loop(net, small_cifar, hold_zeros):
     global_prune_by_percentage(net, 50.0)
     plain = copy.deepcopy(net).train()
-    zeros = {name: p == 0 for name, p in plain.named_parameters() if p.dim() > 1 and "id_mapping" not in name}
+    zeros = {
+        name: p == 0
+        for name, p in plain.named_parameters()
+        if p.dim() > 1 and "id_mapping" not in name
+    }
     batches = list(Batches(small_cifar.train_images, small_cifar.train_labels, 100, augment=True))
     criterion = nn.CrossEntropyLoss()
 
@@ -115,21 +147,32 @@ def test_an_epoch_equals_a_plain_loop(net, small_cifar, hold_zeros):
                     p.data[zeros[name]] = 0
         total += criterion(logits, y).item() * len(y)
         correct += (logits.argmax(1) == y).sum().item()
-    assert loss == pytest.approx(total / 256, rel=1e-4) and accuracy == pytest.approx(correct / 256, abs=2.1 / 256)
+    assert loss == pytest.approx(total / 256, rel=1e-4) and accuracy == pytest.approx(
+        correct / 256, abs=2.1 / 256
+    )
     for ours, theirs in zip(net.state_dict().values(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_evaluate_equals_a_plain_loop_over_torchvision_transforms(net, small_cifar):
-    fit(net, epochs=1, batch_size=64, lr=0.05, weight_decay=0)  # BatchNorm statistics worth their name
-    to_tensor = transforms.Compose([
-        transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    ])
-    images = [to_tensor(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in small_cifar.test_images]
+    # BatchNorm statistics worth their name
+    fit(net, epochs=1, batch_size=64, lr=0.05, weight_decay=0)
+    to_tensor = transforms.Compose(
+        [
+            transforms.ToTensor(),
+            transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ]
+    )
+    images = [
+        to_tensor(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        for image in small_cifar.test_images
+    ]
     plain = copy.deepcopy(net).eval()
     loss, correct = 0.0, 0
     with torch.no_grad():
-        for x, y in DataLoader(TensorDataset(torch.stack(images), small_cifar.test_labels), batch_size=33):
+        for x, y in DataLoader(
+            TensorDataset(torch.stack(images), small_cifar.test_labels), batch_size=33
+        ):
             logits = plain(x)
             loss += nn.functional.cross_entropy(logits, y, reduction="sum").item()
             correct += (logits.argmax(1) == y).sum().item()
@@ -154,34 +197,57 @@ def test_test_prints_the_line_of_the_homework(net, capsys):
 # ---------------------------------------------------------------- recipes
 
 
-@pytest.mark.parametrize("schedule, progress, warmup, expected", [
-    ("constant", 0.0, 0.0, 0.4), ("constant", 0.99, 0.0, 0.4), ("constant", 0.05, 0.2, 0.1),
-    ("step", 0.0, 0.0, 0.4), ("step", 0.4999, 0.0, 0.4), ("step", 0.5, 0.0, 0.04), ("step", 0.7499, 0.0, 0.04),
-    ("step", 0.75, 0.0, 0.004), ("step", 0.99, 0.0, 0.004),
-    ("cosine", 0.0, 0.0, 0.4), ("cosine", 0.5, 0.0, 0.2), ("cosine", 1 / 3, 0.0, 0.3), ("cosine", 1.0, 0.0, 0.0),
-    ("cosine", 0.0, 0.1, 0.0), ("cosine", 0.05, 0.1, 0.2), ("cosine", 0.1, 0.1, 0.4), ("cosine", 0.55, 0.1, 0.2),
-])
+@pytest.mark.parametrize(
+    "schedule, progress, warmup, expected",
+    [
+        ("constant", 0.0, 0.0, 0.4),
+        ("constant", 0.99, 0.0, 0.4),
+        ("constant", 0.05, 0.2, 0.1),
+        ("step", 0.0, 0.0, 0.4),
+        ("step", 0.4999, 0.0, 0.4),
+        ("step", 0.5, 0.0, 0.04),
+        ("step", 0.7499, 0.0, 0.04),
+        ("step", 0.75, 0.0, 0.004),
+        ("step", 0.99, 0.0, 0.004),
+        ("cosine", 0.0, 0.0, 0.4),
+        ("cosine", 0.5, 0.0, 0.2),
+        ("cosine", 1 / 3, 0.0, 0.3),
+        ("cosine", 1.0, 0.0, 0.0),
+        ("cosine", 0.0, 0.1, 0.0),
+        ("cosine", 0.05, 0.1, 0.2),
+        ("cosine", 0.1, 0.1, 0.4),
+        ("cosine", 0.55, 0.1, 0.2),
+    ],
+)
 def test_learning_rate(schedule, progress, warmup, expected):
     assert learning_rate(schedule, 0.4, progress, warmup) == pytest.approx(expected, abs=1e-12)
 
 
 def test_train_follows_the_assigned_recipe(net, optimizer_steps):
     history = train(net, epochs=4, batch_size=128, lr=0.1, reg=1e-3)
-    assert [step["lr"] for step in optimizer_steps] == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
-    assert {(s["momentum"], s["weight_decay"], s["nesterov"]) for s in optimizer_steps} == {(0.875, 1e-3, False)}
+    assert [step["lr"] for step in optimizer_steps] == pytest.approx(
+        [0.1] * 4 + [0.01] * 2 + [0.001] * 2
+    )
+    assert {(s["momentum"], s["weight_decay"], s["nesterov"]) for s in optimizer_steps} == {
+        (0.875, 1e-3, False)
+    }
     assert [entry["lr"] for entry in history] == pytest.approx([0.1, 0.1, 0.01, 0.001])
 
 
 def test_finetune_follows_the_assigned_recipe(net, optimizer_steps):
     finetune(net, epochs=2, batch_size=128, lr=0.002, reg=1e-4)
     assert [step["lr"] for step in optimizer_steps] == pytest.approx([0.002] * 4)
-    assert {(s["momentum"], s["weight_decay"], s["nesterov"]) for s in optimizer_steps} == {(0.875, 1e-4, False)}
+    assert {(s["momentum"], s["weight_decay"], s["nesterov"]) for s in optimizer_steps} == {
+        (0.875, 1e-4, False)
+    }
 
 
 @pytest.mark.parametrize("entry_point, file", [
     (train, "net_after_train.pt"), (finetune, "quantized_net_after_finetune.pt"),
 ])
-def test_the_best_epoch_is_saved_in_the_current_folder(monkeypatch, tmp_path, net, entry_point, file):
+def test_the_best_epoch_is_saved_in_the_current_folder(
+    monkeypatch, tmp_path, net, entry_point, file
+):
     accuracies, states = iter([0.3, 0.5, 0.4]), []
 
     def fake_evaluate(net, data):
@@ -221,12 +287,16 @@ def test_finetune_holds_zeros_unless_told_otherwise(n_bits):
 
 @pytest.mark.parametrize("prune", [True, False])
 def test_finetune_after_prune_takes_a_torchvision_loader(net, small_cifar, prune):
-    to_tensor = transforms.Compose([transforms.ToPILImage(), transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+    to_tensor = transforms.Compose(
+        [transforms.ToPILImage(), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    )
     pairs = zip(small_cifar.train_images, small_cifar.train_labels)
     dataset = [(to_tensor(image), int(label)) for image, label in pairs]
     global_prune_by_percentage(net, 70.0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.875, weight_decay=1e-4)
-    finetune_after_prune(net, DataLoader(dataset, 64, shuffle=True), nn.CrossEntropyLoss(), optimizer, prune=prune)
+    finetune_after_prune(
+        net, DataLoader(dataset, 64, shuffle=True), nn.CrossEntropyLoss(), optimizer, prune=prune
+    )
     assert sparsity(net) == pytest.approx(0.7, abs=1e-3) if prune else sparsity(net) < 0.05
 
 
@@ -242,7 +312,9 @@ def test_finetune_after_prune_returns_the_mean_loss_and_accuracy_of_its_batches(
 
 def test_an_epoch_without_batches_is_refused(net):
     with pytest.raises(ValueError, match="at least one batch"):
-        finetune_after_prune(net, [], nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1))
+        finetune_after_prune(
+            net, [], nn.CrossEntropyLoss(), torch.optim.SGD(net.parameters(), lr=0.1)
+        )
 
 
 # ---------------------------------------------------------------- killed and resumed
@@ -253,8 +325,19 @@ def prune_in_epoch_2(epoch, net):
         global_prune_by_percentage(net, 50.0)
 
 
-RECIPE = dict(epochs=3, batch_size=64, lr=0.05, weight_decay=1e-3, momentum=0.9, nesterov=True, schedule="cosine",
-              warmup=0.2, label_smoothing=0.1, seed=5, hold_zeros_from=2)
+RECIPE = dict(
+    epochs=3,
+    batch_size=64,
+    lr=0.05,
+    weight_decay=1e-3,
+    momentum=0.9,
+    nesterov=True,
+    schedule="cosine",
+    warmup=0.2,
+    label_smoothing=0.1,
+    seed=5,
+    hold_zeros_from=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -266,22 +349,34 @@ def unbroken(small_cifar):
 
 def assert_resumes_to(unbroken, small_cifar, state_path):
     net = make_net(Nbits=4)
-    net.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in net.state_dict().items()})
-    history, best = fit(net, data=small_cifar, before_epoch=prune_in_epoch_2, state_path=state_path, **RECIPE)
+    net.load_state_dict(
+        {name: torch.zeros_like(tensor) for name, tensor in net.state_dict().items()}
+    )
+    history, best = fit(
+        net, data=small_cifar, before_epoch=prune_in_epoch_2, state_path=state_path, **RECIPE
+    )
     state, expected_history, expected_best = unbroken
     assert without_seconds(history) == expected_history
     assert same(net.state_dict(), state) and same(best, expected_best)
 
 
 @pytest.mark.parametrize("epoch", [2, 3])
-def test_a_run_that_fails_between_epochs_resumes_bit_for_bit(unbroken, small_cifar, tmp_path, epoch):
+def test_a_run_that_fails_between_epochs_resumes_bit_for_bit(
+    unbroken, small_cifar, tmp_path, epoch
+):
     def fail(at, net):
         if at == epoch:
             raise KeyboardInterrupt
         prune_in_epoch_2(at, net)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(make_net(Nbits=4), data=small_cifar, before_epoch=fail, state_path=tmp_path / "state.pt", **RECIPE)
+        fit(
+            make_net(Nbits=4),
+            data=small_cifar,
+            before_epoch=fail,
+            state_path=tmp_path / "state.pt",
+            **RECIPE,
+        )
     assert_resumes_to(unbroken, small_cifar, tmp_path / "state.pt")
 
 
@@ -307,12 +402,18 @@ fit(net, data=data, before_epoch=prune_in_epoch_2, state_path=sys.argv[1], **REC
 """
 
 
-def test_a_run_killed_in_the_middle_of_an_epoch_resumes_bit_for_bit(unbroken, small_cifar, tmp_path):
+def test_a_run_killed_in_the_middle_of_an_epoch_resumes_bit_for_bit(
+    unbroken, small_cifar, tmp_path
+):
     state_path = tmp_path / "state.pt"
     torch.save(list(small_cifar), tmp_path / "data.pt")
     script = KILLED.format(data=tmp_path / "data.pt")
-    process = subprocess.run([sys.executable, "-c", script, state_path, str(torch.get_num_threads())], cwd=REPOSITORY,
-                             stderr=subprocess.PIPE, timeout=300)
+    process = subprocess.run(
+        [sys.executable, "-c", script, state_path, str(torch.get_num_threads())],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        timeout=300,
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     assert len(torch.load(state_path, weights_only=True)["history"]) == 2
     assert_resumes_to(unbroken, small_cifar, state_path)
@@ -328,7 +429,8 @@ def test_a_damaged_state_is_refused(net, tmp_path):
 
 
 @pytest.mark.parametrize("n_bits", [None, 4])
-@pytest.mark.parametrize("batch_size", [64, 256])  # 256: one step, and only the weights after it are broken
+# 256: one step, and only the weights after it are broken
+@pytest.mark.parametrize("batch_size", [64, 256])
 def test_divergence_is_an_error_and_the_net_keeps_its_last_good_epoch(n_bits, batch_size):
     net = make_net(Nbits=n_bits)
     before = state_of(net)
@@ -362,11 +464,27 @@ def test_divergence_in_a_later_epoch_keeps_the_epoch_before(net):
 # ---------------------------------------------------------------- arguments
 
 
-@pytest.mark.parametrize("argument, value", [
-    ("epochs", 0), ("epochs", 1.5), ("epochs", True), ("batch_size", 0), ("batch_size", "64"), ("test_every", 0),
-    ("log_every_n", 0), ("lr", -0.1), ("lr", math.nan), ("lr", "fast"), ("weight_decay", -1e-4),
-    ("weight_decay", math.inf), ("schedule", "linear"), ("momentum", -1), ("warmup", 1.5), ("warmup", -0.1),
-])
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("epochs", 0),
+        ("epochs", 1.5),
+        ("epochs", True),
+        ("batch_size", 0),
+        ("batch_size", "64"),
+        ("test_every", 0),
+        ("log_every_n", 0),
+        ("lr", -0.1),
+        ("lr", math.nan),
+        ("lr", "fast"),
+        ("weight_decay", -1e-4),
+        ("weight_decay", math.inf),
+        ("schedule", "linear"),
+        ("momentum", -1),
+        ("warmup", 1.5),
+        ("warmup", -0.1),
+    ],
+)
 def test_a_bad_argument_is_refused_by_name_before_any_work(net, argument, value):
     before = state_of(net)
     arguments = dict(epochs=1, batch_size=64, lr=0.1, weight_decay=0.0) | {argument: value}
@@ -388,7 +506,9 @@ def test_weights_come_back_as_they_were_saved(net, tmp_path):
 
 def test_a_state_dict_saved_by_plain_torch_is_taken(net, tmp_path):
     torch.save(net.state_dict(), tmp_path / "net.pt")
-    assert same(load_weights(ResNetCIFAR(num_layers=8), tmp_path / "net.pt").state_dict(), net.state_dict())
+    assert same(
+        load_weights(ResNetCIFAR(num_layers=8), tmp_path / "net.pt").state_dict(), net.state_dict()
+    )
 
 
 class Bomb:
@@ -414,20 +534,45 @@ def set_nan(state):
     state["body_op.1.id_mapping.0.conv.weight"][0, 0] = math.nan
 
 
-@pytest.mark.parametrize("write, complaint", [
-    (truncated, "not a readable checkpoint"),
-    (lambda net, path: path.write_bytes(b""), "not a readable checkpoint"),
-    (lambda net, path: torch.save(Bomb(), path), "not a readable checkpoint"),
-    (altered(lambda state: state.update(bomb=Bomb())), "not a readable checkpoint"),
-    (lambda net, path: torch.save([1, 2], path), "another architecture"),
-    (lambda net, path: save_weights(ResNetCIFAR(num_layers=14), path), "another architecture.*body_op.1.id_mapping"),
-    (altered(lambda state: state.pop("final_fc.linear.bias")), "another architecture.*final_fc.linear.bias"),
-    (altered(lambda state: state.update({"final_fc.linear.bias": torch.zeros(11)})),
-     r"final_fc.linear.bias has shape \(11,\)"),
-    (altered(lambda state: state.update({"final_fc.linear.bias": [0.0] * 10})), "final_fc.linear.bias is a list"),
-    (altered(set_nan), "body_op.1.id_mapping.0.conv.weight holds NaN"),
-], ids=["truncated", "empty", "malicious", "malicious inside", "list", "deeper net", "missing key", "shape",
-        "no tensor", "NaN"])
+@pytest.mark.parametrize(
+    "write, complaint",
+    [
+        (truncated, "not a readable checkpoint"),
+        (lambda net, path: path.write_bytes(b""), "not a readable checkpoint"),
+        (lambda net, path: torch.save(Bomb(), path), "not a readable checkpoint"),
+        (altered(lambda state: state.update(bomb=Bomb())), "not a readable checkpoint"),
+        (lambda net, path: torch.save([1, 2], path), "another architecture"),
+        (
+            lambda net, path: save_weights(ResNetCIFAR(num_layers=14), path),
+            "another architecture.*body_op.1.id_mapping",
+        ),
+        (
+            altered(lambda state: state.pop("final_fc.linear.bias")),
+            "another architecture.*final_fc.linear.bias",
+        ),
+        (
+            altered(lambda state: state.update({"final_fc.linear.bias": torch.zeros(11)})),
+            r"final_fc.linear.bias has shape \(11,\)",
+        ),
+        (
+            altered(lambda state: state.update({"final_fc.linear.bias": [0.0] * 10})),
+            "final_fc.linear.bias is a list",
+        ),
+        (altered(set_nan), "body_op.1.id_mapping.0.conv.weight holds NaN"),
+    ],
+    ids=[
+        "truncated",
+        "empty",
+        "malicious",
+        "malicious inside",
+        "list",
+        "deeper net",
+        "missing key",
+        "shape",
+        "no tensor",
+        "NaN",
+    ],
+)
 def test_a_file_that_is_no_checkpoint_of_the_net_is_refused(net, tmp_path, write, complaint):
     write(net, tmp_path / "net.pt")
     other = ResNetCIFAR(num_layers=8)
@@ -457,7 +602,9 @@ def test_a_failed_save_keeps_the_earlier_file(monkeypatch, tmp_path, function, t
     path = tmp_path / "net.pt"
     atomic_save({"a": torch.ones(3)}, path)
     monkeypatch.setattr(os, function, trouble)
-    with pytest.raises(error, match="cannot write .*net.pt.*No space left" if error is OSError else None):
+    with pytest.raises(
+        error, match="cannot write .*net.pt.*No space left" if error is OSError else None
+    ):
         atomic_save({"a": torch.zeros(3)}, path)
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]
@@ -473,14 +620,18 @@ def test_a_save_into_no_folder_names_the_file(tmp_path):
 
 
 def teacher_and_batches(small_cifar):
-    """A teacher with opinions: an untrained net whose statistics fit the images, its logits made large."""
+    """A teacher with opinions: an untrained net whose statistics fit the images, its logits made
+    large.
+    """
     torch.manual_seed(3)
     teacher = ResNetCIFAR(num_layers=8)
     teacher.final_fc.linear.weight.data *= 20
     with torch.no_grad():
         for _ in range(20):
             teacher(normalize(small_cifar.train_images[:128]))
-    return teacher.eval(), Batches(small_cifar.train_images, small_cifar.train_labels, 128, seed=1, augment=True)
+    return teacher.eval(), Batches(
+        small_cifar.train_images, small_cifar.train_labels, 128, seed=1, augment=True
+    )
 
 
 def test_soft_targets_mix_the_loss_against_labels_and_teacher(net, small_cifar):
@@ -498,8 +649,16 @@ def test_a_teacher_without_weight_changes_nothing(net, small_cifar):
     """The weight's other end: all labels, and so the gradients of a plain epoch."""
     teacher, batches = teacher_and_batches(small_cifar)
     nets = [net, copy.deepcopy(net)]
-    results = [train_epoch(one, b, torch.optim.SGD(one.parameters(), lr=0.1), nn.CrossEntropyLoss(), hold_zeros=False)
-               for one, b in zip(nets, (batches, SoftTargets(batches, teacher, 0.0)))]
+    results = [
+        train_epoch(
+            one,
+            b,
+            torch.optim.SGD(one.parameters(), lr=0.1),
+            nn.CrossEntropyLoss(),
+            hold_zeros=False,
+        )
+        for one, b in zip(nets, (batches, SoftTargets(batches, teacher, 0.0)))
+    ]
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     for ours, plain in zip(nets[1].parameters(), nets[0].parameters()):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
@@ -512,10 +671,21 @@ def test_distilling_trains_toward_the_teacher_and_leaves_it_as_it_is(net, small_
     def distance():
         x, _ = next(iter(batches))
         with torch.no_grad():
-            return nn.functional.kl_div(net.eval()(x).log_softmax(1), teacher(x).softmax(1), reduction="batchmean")
+            return nn.functional.kl_div(
+                net.eval()(x).log_softmax(1), teacher(x).softmax(1), reduction="batchmean"
+            )
 
     first = distance()
-    fit(net, epochs=4, batch_size=64, lr=0.05, weight_decay=0.0, teacher=teacher, distill=1.0, data=small_cifar)
+    fit(
+        net,
+        epochs=4,
+        batch_size=64,
+        lr=0.05,
+        weight_decay=0.0,
+        teacher=teacher,
+        distill=1.0,
+        data=small_cifar,
+    )
     assert distance() < 0.5 * first
     assert same(teacher.state_dict(), before)
 
@@ -526,7 +696,16 @@ def test_distilling_trains_toward_the_teacher_and_leaves_it_as_it_is(net, small_
 def test_distill_and_teacher_go_together(net, small_cifar, distill, with_teacher):
     teacher = make_net() if with_teacher else None
     with pytest.raises(ValueError, match=f"distill must be .*got {distill!r}"):
-        fit(net, epochs=1, batch_size=64, lr=0.1, weight_decay=0.0, teacher=teacher, distill=distill, data=small_cifar)
+        fit(
+            net,
+            epochs=1,
+            batch_size=64,
+            lr=0.1,
+            weight_decay=0.0,
+            teacher=teacher,
+            distill=distill,
+            data=small_cifar,
+        )
 
 
 # ---------------------------------------------------------------- learned steps, speed
@@ -535,7 +714,9 @@ def test_distill_and_teacher_go_together(net, small_cifar, distill, with_teacher
 def test_a_float_checkpoint_loads_into_learned_steps_fitted_to_it(net, tmp_path):
     save_weights(net, tmp_path / "float.pt")
     torch.manual_seed(9)
-    learned = load_weights(ResNetCIFAR(num_layers=8, Nbits=3, quantizer="learned"), tmp_path / "float.pt")
+    learned = load_weights(
+        ResNetCIFAR(num_layers=8, Nbits=3, quantizer="learned"), tmp_path / "float.pt"
+    )
     state = learned.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
     for name, step in state.items():
@@ -543,7 +724,9 @@ def test_a_float_checkpoint_loads_into_learned_steps_fitted_to_it(net, tmp_path)
             assert torch.equal(step, fit_step(state[name.replace("step", "conv.weight")], -4, 3))
 
 
-def test_a_checkpoint_with_learned_steps_comes_back_whole_and_is_refused_by_a_float_net(net, tmp_path):
+def test_a_checkpoint_with_learned_steps_comes_back_whole_and_is_refused_by_a_float_net(
+    net, tmp_path
+):
     learned = make_net(Nbits=2, quantizer="learned")
     learned.body_op[0].conv1[0].step.data.fill_(0.123)
     save_weights(learned, tmp_path / "learned.pt")
@@ -592,7 +775,8 @@ def test_averaging_tests_and_ends_with_the_moving_average_of_all_steps(net, smal
     for name, tensor in net.state_dict().items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, expected[name])
-    assert [e["train_loss"] for e in history] == [e["train_loss"] for e in plain_history]  # training is what it was
+    # training is what it was
+    assert [e["train_loss"] for e in history] == [e["train_loss"] for e in plain_history]
     assert history[-1]["test_loss"] == pytest.approx(evaluate(net, small_cifar)[0], rel=1e-5)
     assert history[-1]["test_loss"] != pytest.approx(plain_history[-1]["test_loss"], rel=1e-3)
     assert best.keys() == net.state_dict().keys()
@@ -608,8 +792,16 @@ def test_an_average_of_a_net_that_was_pruned_on_the_way_is_as_sparse(net, small_
 def test_what_is_kept_beside_the_weights_resumes_bit_for_bit(small_cifar, tmp_path, options):
     def arguments(net):
         dynamic = DynamicPruning(net, 50.0, every=3)
-        return (dict(after_step=dynamic, before_epoch=lambda epoch, net: dynamic.restart()) if "regrow" in options
-                else options) | dict(data=small_cifar) | RECIPE | dict(hold_zeros_from=None)
+        return (
+            (
+                dict(after_step=dynamic, before_epoch=lambda epoch, net: dynamic.restart())
+                if "regrow" in options
+                else options
+            )
+            | dict(data=small_cifar)
+            | RECIPE
+            | dict(hold_zeros_from=None)
+        )
 
     nets = [make_net() for _ in range(3)]
     fit(nets[0], **arguments(nets[0]))
@@ -625,7 +817,11 @@ def test_what_is_kept_beside_the_weights_resumes_bit_for_bit(small_cifar, tmp_pa
     (tmp_path / "state.pt").unlink()
     arguments_of_third = arguments(nets[2])
     with pytest.raises(KeyboardInterrupt):
-        fit(nets[2], state_path=tmp_path / "state.pt", **arguments_of_third | dict(before_epoch=stop))
+        fit(
+            nets[2],
+            state_path=tmp_path / "state.pt",
+            **arguments_of_third | dict(before_epoch=stop),
+        )
     resumed = make_net()
     fit(resumed, state_path=tmp_path / "state.pt", **arguments(resumed))
     assert same(resumed.state_dict(), nets[0].state_dict())
@@ -643,9 +839,16 @@ def test_training_speed_is_that_of_its_steps(net):
 
 
 def test_only_the_size_of_the_first_batch_is_compiled(net, small_cifar, monkeypatch):
-    """256 images in batches of 100: the net and its teacher take the last 56 uncompiled, with the same result."""
-    sizes, arguments = [], dict(epochs=2, batch_size=100, lr=0.05, weight_decay=0.0, distill=0.5, data=small_cifar)
-    monkeypatch.setattr(torch, "compile", lambda net, dynamic: lambda x: sizes.append(len(x)) or net(x))
+    """256 images in batches of 100: the net and its teacher take the last 56 uncompiled, with the
+    same result.
+    """
+    sizes, arguments = (
+        [],
+        dict(epochs=2, batch_size=100, lr=0.05, weight_decay=0.0, distill=0.5, data=small_cifar),
+    )
+    monkeypatch.setattr(
+        torch, "compile", lambda net, dynamic: lambda x: sizes.append(len(x)) or net(x)
+    )
     plain = copy.deepcopy(net)
     fit(net, compile=True, teacher=make_net(), **arguments)
     assert sizes == [100] * 2 * 2 * 2  # of net and teacher, two an epoch
@@ -653,9 +856,12 @@ def test_only_the_size_of_the_first_batch_is_compiled(net, small_cifar, monkeypa
     assert same(net.state_dict(), plain.state_dict())
 
 
-@pytest.mark.parametrize("arguments", [{}, {"Nbits": 4}, {"Nbits": 2, "quantizer": "learned"}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"Nbits": 4}, {"Nbits": 2, "quantizer": "learned"}], ids=str
+)
 def test_nothing_in_an_epoch_waits_for_a_gpu(monkeypatch, arguments):
-    """With fake CUDA tensors, which have no values, whatever reads one is an error: only the epoch's end does.
+    """With fake CUDA tensors, which have no values, whatever reads one is an error: only the
+    epoch's end does.
 
     The backward pass is left out, as PyTorch's engine needs a real device.
     """
@@ -679,9 +885,19 @@ def test_nothing_in_an_epoch_waits_for_a_gpu(monkeypatch, arguments):
     with fake_tensor.FakeTensorMode(), Watch():
         with torch.device("cuda"):
             net, teacher = (ResNetCIFAR(num_layers=8, **arguments) for _ in range(2))
-            images, labels = torch.empty(256, 3, 32, 32, dtype=torch.uint8), torch.zeros(256, dtype=torch.long)
+            images, labels = (
+                torch.empty(256, 3, 32, 32, dtype=torch.uint8),
+                torch.zeros(256, dtype=torch.long),
+            )
         batches = SoftTargets(Batches(images, labels, 64, augment=True), teacher, 0.5)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         with pytest.raises(fake_tensor.DataDependentOutputException):
-            train_epoch(net, batches, optimizer, nn.CrossEntropyLoss(), hold_zeros=True, on_step=events.append)
+            train_epoch(
+                net,
+                batches,
+                optimizer,
+                nn.CrossEntropyLoss(),
+                hold_zeros=True,
+                on_step=events.append,
+            )
     assert events[-4:] == [0, 1, 2, 3] and "sent" in events

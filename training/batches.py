@@ -11,7 +11,9 @@ __all__ = ["Batches", "normalize", "random_crop_flip"]
 
 
 def normalize(images):
-    """Return uint8 images (N, 3, H, W) as float32 with the assignment's mean and deviation taken out."""
+    """Return uint8 images (N, 3, H, W) as float32 with the assignment's mean and deviation taken
+    out.
+    """
     return (images.float() - _per_channel(MEAN, images.device)) / _per_channel(STD, images.device)
 
 
@@ -25,11 +27,12 @@ def _per_channel(values, device):
 
 
 def random_crop_flip(images, generator, padding=4):
-    """Return each image shifted by up to `padding` pixels (zeros move in) and mirrored with probability 1/2.
+    """Return each image shifted by up to `padding` pixels (zeros move in) and mirrored with
+    probability 1/2.
 
     images is (N, C, H, W) of any dtype; `generator` is a CPU torch.Generator, so one seed gives one
-    augmentation on every device. The distribution is torchvision's RandomCrop(H, padding) followed by
-    RandomHorizontalFlip. Raises ValueError if padding is not an integer >= 0.
+    augmentation on every device. The distribution is torchvision's RandomCrop(H, padding) followed
+    by RandomHorizontalFlip. Raises ValueError if padding is not an integer >= 0.
     """
     check(NATURAL, padding=padding)
     shifts, flips = _draw(len(images), generator, padding)
@@ -62,7 +65,9 @@ def _cut_out(images, centers, side):
     """
     height, width = images.shape[2:]
     first = centers - side // 2
-    rows, columns = (torch.arange(n, device=images.device) - f for n, f in zip((height, width), first))
+    rows, columns = (
+        torch.arange(n, device=images.device) - f for n, f in zip((height, width), first)
+    )
     inside = [(0 <= distance) & (distance < side) for distance in (rows, columns)]
     return images.masked_fill((inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).unsqueeze(1), 0)
 
@@ -71,12 +76,12 @@ class Batches:
     """One epoch's batches (x float32 (B, 3, 32, 32), y int64 (B,)) of images held on their device.
 
     augment: False, the stored order, untouched; True, or a training.recipe.Recipe whose flip and
-    cutout it has: shuffled, and each image cropped and flipped at random, drawn from a generator that
-    `seed` and `epoch` (from 1) determine. The last batch may be smaller. Iterating twice yields the
-    same batches.
+    cutout it has: shuffled, and each image cropped and flipped at random, drawn from a generator
+    that `seed` and `epoch` (from 1) determine. The last batch may be smaller. Iterating twice
+    yields the same batches.
 
-    Raises ValueError for a batch_size or epoch that is not a positive integer, a seed that is not one
-    >= 0, and if images and labels differ in number.
+    Raises ValueError for a batch_size or epoch that is not a positive integer, a seed that is not
+    one >= 0, and if images and labels differ in number.
     """
 
     def __init__(self, images, labels, batch_size, seed=0, epoch=1, augment=False):
@@ -111,7 +116,8 @@ class Batches:
         order = torch.randperm(n, generator=generator)
         drawn = [_draw(len(index), generator) for index in order.split(self.batch_size)]
         shifts, flips = torch.cat([d[0] for d in drawn], 1), torch.cat([d[1] for d in drawn])
-        if getattr(self.augment, "flip", "random") == "alternating":  # each image's first side is random
+        # each image's first side is random
+        if getattr(self.augment, "flip", "random") == "alternating":
             first = torch.Generator().manual_seed(self.seed)
             sides = torch.rand((n, 1), generator=first) < 0.5
             flips = sides[order] ^ (self.epoch % 2 == 0)

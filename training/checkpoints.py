@@ -12,7 +12,9 @@ __all__ = ["atomic_save", "save_weights", "load_weights", "fit_quantizers", "sna
 
 
 def atomic_save(object_, path):
-    """torch.save to `path`, whole or not at all; raises OSError, naming `path`, if it cannot be written."""
+    """torch.save to `path`, whole or not at all; raises OSError, naming `path`, if it cannot be
+    written.
+    """
     buffer = io.BytesIO()
     torch.save(object_, buffer)  # in memory first: torch reports a full disk without a name
     with atomic_write(path) as file:
@@ -20,7 +22,9 @@ def atomic_save(object_, path):
 
 
 def save_weights(net, path):
-    """Write the net's state dict to `path`, whole or not at all; nothing but tensors is in the file."""
+    """Write the net's state dict to `path`, whole or not at all; nothing but tensors is in the
+    file.
+    """
     atomic_save(snapshot(net), path)
 
 
@@ -40,10 +44,10 @@ def fit_quantizers(net):
 def load_weights(net, path):
     """Load a state dict from `path` into `net`, in place, on the net's device; return the net.
 
-    A float checkpoint also loads into layers with a learned step, which is then fitted to the weights.
-    Raises FileNotFoundError if there is no such file, and ValueError if it is truncated, no state
-    dict of this architecture, or holds NaN or infinite values; the net is unchanged then. Pickled
-    code never runs.
+    A float checkpoint also loads into layers with a learned step, which is then fitted to the
+    weights. Raises FileNotFoundError if there is no such file, and ValueError if it is truncated,
+    no state dict of this architecture, or holds NaN or infinite values; the net is unchanged then.
+    Pickled code never runs.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -59,7 +63,9 @@ def load_weights(net, path):
     if not isinstance(state, dict) or state.keys() != expected.keys():
         amiss = (sorted(map(str, expected.keys() ^ state.keys()))[:4]
                  if isinstance(state, dict) else type(state))
-        raise ValueError(f"{path} is a checkpoint of another architecture; names not shared: {amiss}")
+        raise ValueError(
+            f"{path} is a checkpoint of another architecture; names not shared: {amiss}"
+        )
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
@@ -78,7 +84,9 @@ def load_weights(net, path):
 
 
 class LastWholeEpoch:
-    """A context in which `net` is trained: left by an error or Ctrl-C, it gets back the state last kept."""
+    """A context in which `net` is trained: left by an error or Ctrl-C, it gets back the state last
+    kept.
+    """
 
     def __init__(self, net):
         self.net = net
@@ -97,7 +105,9 @@ class LastWholeEpoch:
 
 
 def read_state(path, device="cpu"):
-    """Return what a training left at `path`, a dict. Raises ValueError, naming `path`, if it is damaged."""
+    """Return what a training left at `path`, a dict. Raises ValueError, naming `path`, if it is
+    damaged.
+    """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         missing = {"net", "optimizer", "average", "history", "best", "tag"} - state.keys()

@@ -14,28 +14,36 @@ __all__ = ["Distillation", "MovingAverage"]
 class Distillation:
     """A loss against labels and a teacher: (1 - w) CE(z, y) + w T^2 KL(teacher(x) / T || z / T).
 
-    teacher: maps images (B, 3, 32, 32) to logits (B, classes); w: the weight, 0 to 1; T: the
-    temperature, above 0. T^2 keeps the size of the gradients. Use it as
+    teacher: maps images (B, 3, 32, 32) to logits (B, classes), or None, and the loss is CE(z, y);
+    w: the weight, 0 to 1; T: the temperature, above 0. T^2 keeps the size of the gradients. Use it
+    as
 
         for x, y in distillation.taught(batches):
             loss = distillation(net(x), y)
 
+    Raises ValueError for a teacher without a weight or the reverse.
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2.
     """
 
     def __init__(self, teacher, weight, temperature=1.0):
-        check(FRACTION, weight=weight)
+        check(FRACTION, distill=weight)
+        if bool(weight) != (teacher is not None):
+            raise ValueError("distill must be above 0 with a teacher and 0 without one, "
+                             f"got {weight!r} and teacher={type(teacher).__name__}")
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
 
     def taught(self, batches):
-        """Yield from `batches`; the loss then knows what the teacher says of the batch yielded last."""
+        """Yield from `batches`; the loss then knows what the teacher says of the last one."""
         for x, y in batches:
-            with torch.no_grad():
-                self.targets = (self.teacher(x) / self.temperature).log_softmax(1)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    self.targets = (self.teacher(x) / self.temperature).log_softmax(1)
             yield x, y
 
     def __call__(self, logits, labels):
         hard = F.cross_entropy(logits, labels)
+        if self.teacher is None:
+            return hard
         student = (logits / self.temperature).log_softmax(1)
         soft = F.kl_div(student, self.targets, reduction="batchmean", log_target=True)
         return torch.lerp(hard, self.temperature**2 * soft, self.weight)
@@ -62,7 +70,8 @@ class MovingAverage:
         torch._foreach_lerp_(list(averaged), list(current), weight)
 
     def masked(self, masks):
-        """Return the averaged net, its pruned weights at zero (masks: pruning.weight_masks, or None).
+        """Return the averaged net, its pruned weights at zero (masks: pruning.weight_masks, or
+        None).
 
         What was pruned on the way has been averaged with what it was before.
         """

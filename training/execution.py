@@ -14,7 +14,7 @@ from torch import nn
 from FP_layers import FP_Conv
 from training.batches import Batches
 
-__all__ = ["Execution", "fastest", "seconds_a_step"]
+__all__ = ["Execution", "fastest", "seconds_a_step", "has_bf16", "bf16_is_right", "has_compiler"]
 
 MARGIN = 1.1  # how many times faster a candidate must be, so that noise does not flip the choice
 LONG = 1000  # steps from which on a run gains more than the choice and a compilation cost
@@ -61,8 +61,8 @@ def fastest(net, batch_size, steps=math.inf):
     """Return the Execution in which `net` trains fastest on its device, from a few steps of each.
 
     For fewer than LONG steps that is float32, uncompiled, without a trial. bfloat16 is tried where
-    the hardware multiplies it and its convolutions are right (see bf16_is_right), compilation where a
-    C++ compiler is found. What takes more is taken only if it is MARGIN times faster.
+    the hardware multiplies it and its convolutions are right (see bf16_is_right), compilation where
+    a C++ compiler is found. What takes more is taken only if it is MARGIN times faster.
     """
     chosen = Execution()
     if steps < LONG:
@@ -74,15 +74,21 @@ def fastest(net, batch_size, steps=math.inf):
         took = seconds_a_step(net, batch_size, candidate)
         return (candidate, took) if MARGIN * took < seconds else (chosen, seconds)
 
-    if _has_bf16(device) and bf16_is_right(net):
+    if has_bf16(device) and bf16_is_right(net):
         chosen, seconds = tried(chosen, seconds, Execution(bf16=True))
-    if device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")):
+    if has_compiler(device):
         chosen, seconds = tried(chosen, seconds, replace(chosen, compile=True))
     return chosen
 
 
+def has_compiler(device):
+    """Return whether torch.compile can work on `device`; on a CPU it needs a C++ compiler."""
+    return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
 def seconds_a_step(net, batch_size, how=Execution(), steps=4):
-    """Return the seconds that a training step of `net` takes, the least of `steps` after two others.
+    """Return the seconds that a training step of `net` takes, the least of `steps` after two
+    others.
 
     A copy of `net` is trained, on random images.
     """
@@ -107,8 +113,10 @@ def seconds_a_step(net, batch_size, how=Execution(), steps=4):
 # ---------------------------------------------------------------- bfloat16
 
 
-def _has_bf16(device):
-    """Return whether the hardware of `device` multiplies bfloat16; without, it is slower than float32."""
+def has_bf16(device):
+    """Return whether the hardware of `device` multiplies bfloat16; without, it is slower than
+    float32.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

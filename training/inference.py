@@ -1,4 +1,5 @@
-"""A net made ready for evaluation: weights quantized and BatchNorms folded once, not once a batch."""
+"""A net made ready for evaluation: weights quantized and BatchNorms folded once, not once a batch.
+"""
 
 import copy
 import hashlib
@@ -15,15 +16,16 @@ __all__ = ["for_evaluation", "fingerprint", "is_plain"]
 
 @torch.no_grad()
 def for_evaluation(net):
-    """Return a net that computes what `net` does in evaluation mode, to float32 rounding, in less time.
+    """Return a net that computes what `net` does in evaluation mode, to float32 rounding, in less
+    time.
 
     Wherever an FP_Conv and a BatchNorm2d follow each other in an nn.Sequential, they become one
-    convolution with the quantized weight times gamma / sqrt(var + eps), and the rest of the BatchNorm
-    as its bias. Other quantized layers become plain ones. All tensors are parameters or buffers, as
-    torch.export wants them; those that need no folding are shared with `net`, so use the result
-    before training goes on. `net`, which must be in evaluation mode, is not changed. A net that may
-    compute anything (see is_plain) is returned as it is. Raises as FP_Conv does if its weights
-    cannot be quantized.
+    convolution with the quantized weight times gamma / sqrt(var + eps), and the rest of the
+    BatchNorm as its bias. Other quantized layers become plain ones. All tensors are parameters or
+    buffers, as torch.export wants them; those that need no folding are shared with `net`, so use
+    the result before training goes on. `net`, which must be in evaluation mode, is not changed. A
+    net that may compute anything (see is_plain) is returned as it is. Raises as FP_Conv does if its
+    weights cannot be quantized.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference", CVPR 2018, section 3.2.
@@ -65,11 +67,12 @@ def _with_weight(layer, weight, bias):
 
 
 def is_plain(net):
-    """Return whether `net` computes in evaluation mode just what its modules' classes and state tell.
+    """Return whether `net` computes in evaluation mode just what its modules' classes and state
+    tell.
 
     Not so for hooks, computed weights (torch.nn.utils.prune and parametrize), classes that are
-    neither PyTorch's layers nor ours, such as subclasses, and a forward bound to one object, as of a
-    compiled net.
+    neither PyTorch's layers nor ours, such as subclasses, and a forward bound to one object, as of
+    a compiled net.
     """
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
@@ -84,7 +87,8 @@ def _is_known(cls):
 
 
 def fingerprint(net):
-    """Return a hex digest of what `net` computes in evaluation mode, or None where it may be anything.
+    """Return a hex digest of what `net` computes in evaluation mode, or None where it may be
+    anything.
 
     Nets with the same modules, quantized weights and BatchNorms have the same one, whatever float
     weights stand behind. None for a net that is not plain. Raises as for_evaluation does.

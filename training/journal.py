@@ -1,6 +1,8 @@
-"""What a training keeps beside its net: a progress bar, its history, and the state to go on from."""
+"""What a training keeps beside its net: a progress bar, its history, and the state to go on from.
+"""
 
 import math
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +19,14 @@ __all__ = ["Journal"]
 class Journal:
     """The bar, history, best epoch and resumable state of one training.
 
-    name: shown before the bar, which moves every log_every_n steps. state_path: where the whole state
-    is kept after each epoch, if anywhere; a later training with the same path and tag goes on from
-    it, bit for bit on the same machine. The caller removes the file. tag: plain data that is kept
-    with the state and must be the same then.
+    name: shown before the bar, which moves every log_every_n steps. state_path: where the whole
+    state is kept after each epoch, if anywhere. A later training with the same path and tag goes on
+    from it, bit for bit on the same machine; the caller removes the file. tag: plain data that is
+    kept with the state and must be the same then.
 
-    `history` has a dict an epoch; `best` has "accuracy" and "state" of the best epoch tested.
+    `history` has a dict an epoch: epoch, lr (SGD's at its start), train_loss, train_accuracy,
+    seconds and, where tested, test_loss, test_accuracy (fractions) and sparsity. `best` has
+    "accuracy" and "state" of the best epoch tested.
     """
 
     def __init__(self, name="training", state_path=None, tag=None, log_every_n=50):
@@ -36,8 +40,8 @@ class Journal:
         """A context in which `net` is trained by `recipe`, in so many steps an epoch.
 
         Goes on from the state at state_path, if there is one. Left by an error or Ctrl-C, the net
-        holds the last whole epoch. Raises OSError if state_path cannot be written, ValueError if what
-        is there is damaged or has another tag, and the errors of training explained.
+        holds the last whole epoch. Raises OSError if state_path cannot be written, ValueError if
+        what is there is damaged or has another tag, and the errors of training explained.
         """
         self.net, self.optimizer, self.average = net, optimizer, average
         self.recipe, self.steps = recipe, steps
@@ -49,6 +53,7 @@ class Journal:
         with LastWholeEpoch(net) as self.whole, tqdm(
                 total=recipe.epochs * steps, initial=done * steps, desc=self.name, unit="step",
                 mininterval=2.0) as self.bar, self._explained():
+            self.started = time.perf_counter()
             yield range(done + 1, recipe.epochs + 1)
         if average is not None:
             net.load_state_dict(average.net.state_dict())
@@ -65,8 +70,8 @@ class Journal:
             if (step + 1) % self.log_every_n == 0:
                 self.bar.update(self.log_every_n)
 
-    def epoch_done(self, entry, candidate=None):
-        """Keep the net as the last whole epoch, and `entry` about it; candidate: a net that may be best.
+    def epoch_done(self, epoch, entry, candidate=None):
+        """Keep the net and `entry` as the last whole epoch; candidate: a net that may be best.
 
         Raises FloatingPointError if the loss or a weight is NaN or infinite; nothing is kept then.
         """
@@ -74,15 +79,19 @@ class Journal:
             raise FloatingPointError
         if candidate is not None and entry["test_accuracy"] > self.best["accuracy"]:
             self.best = {"accuracy": entry["test_accuracy"], "state": snapshot(candidate)}
+        now = time.perf_counter()
+        rate = self.recipe.lr * self.recipe.rate((epoch - 1) / self.recipe.epochs)
+        entry = {"epoch": epoch, "lr": rate, **entry, "seconds": now - self.started}
+        self.started = now
         self.history.append(entry)
         self.whole.keep()
         if self.state_path is not None:
             atomic_save({"net": self.whole.state, "optimizer": self.optimizer.state_dict(),
                          "average": self.average and self.average.state_dict(), "tag": self.tag,
                          "history": self.history, "best": self.best}, self.state_path)
-        self.bar.update(entry["epoch"] * self.steps - self.bar.n)
+        self.bar.update(epoch * self.steps - self.bar.n)
         accuracy = entry.get("test_accuracy", entry["train_accuracy"])
-        self.bar.set_postfix(epoch=entry["epoch"], loss=f"{entry['train_loss']:.4f}",
+        self.bar.set_postfix(epoch=epoch, loss=f"{entry['train_loss']:.4f}",
                              accuracy=f"{100 * accuracy:.2f}%")
 
     def _resume(self):

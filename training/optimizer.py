@@ -7,7 +7,8 @@ __all__ = ["Muon", "make_optimizer"]
 
 
 def make_optimizer(net, recipe):
-    """Return the optimizer that `recipe` wants for `net`; groups keep their peak as "initial_lr"."""
+    """Return the optimizer that `recipe` wants for `net`; groups keep their peak as "initial_lr".
+    """
     sgd = dict(lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov,
                weight_decay=recipe.weight_decay)
     if recipe.optimizer == "sgd":
@@ -27,8 +28,8 @@ class Muon(torch.optim.SGD):
     """Train matrices by orthogonal steps, and other parameters by SGD.
 
     matrices: parameters (out, ...), taken as matrices (out, rest), without weight decay. Each step
-    is momentum, with Nesterov's look ahead, made orthogonal, times muon_lr * sqrt(max(1, out / rest)).
-    others, sgd: parameters and options of torch.optim.SGD.
+    is momentum, with Nesterov's look ahead, made orthogonal, times muon_lr * sqrt(max(1, out /
+    rest)). others, sgd: parameters and options of torch.optim.SGD.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
     """

@@ -10,7 +10,8 @@ from matplotlib import ticker
 SIZE = (5, 3)  # inches
 DPI = 150  # pixels an inch, enough for print
 
-# Okabe and Ito's colours, darkest first; each comes with its own line style and marker, for greyscale.
+# Okabe and Ito's colours, darkest first; each comes with its own line style and marker, for
+# greyscale.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "x", "P", "*")
@@ -18,12 +19,19 @@ MARKERS = ("o", "s", "^", "D", "v", "x", "P", "*")
 
 def style(i):
     """Return the plot keywords of the i-th series: a colour with its own line style and marker."""
-    return {"color": COLORS[i % 5], "linestyle": LINES[i % 5], "marker": MARKERS[i % 8], "markersize": 4}
+    return {
+        "color": COLORS[i % 5],
+        "linestyle": LINES[i % 5],
+        "marker": MARKERS[i % 8],
+        "markersize": 4,
+    }
 
 
 def axes(columns=1):
     """Return one 5 x 3 inch Axes, or a row of `columns` of them."""
-    _, made = plt.subplots(1, columns, figsize=(SIZE[0] * columns, SIZE[1]), dpi=DPI, layout="constrained")
+    _, made = plt.subplots(
+        1, columns, figsize=(SIZE[0] * columns, SIZE[1]), dpi=DPI, layout="constrained"
+    )
     return made
 
 
@@ -36,23 +44,33 @@ def percent(fraction):
 
 
 def table(header, rows):
-    """Return a Markdown table to be displayed: `header` of strings, `rows` of cells; first column left-aligned."""
+    """Return a Markdown table to be displayed: `header` of strings, `rows` of cells; first column
+    left-aligned.
+    """
     lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
-    return Markdown("\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines))
+    return Markdown(
+        "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    )
 
 
 def show_source(*objects):
-    """Return the source of functions or classes, as their modules hold it, as highlighted code to be displayed."""
-    return Markdown("```python\n" + "\n\n".join(inspect.getsource(o).rstrip() for o in objects) + "\n```")
+    """Return the source of functions or classes, as their modules hold it, as highlighted code to
+    be displayed.
+    """
+    return Markdown(
+        "```python\n" + "\n\n".join(inspect.getsource(o).rstrip() for o in objects) + "\n```"
+    )
 
 
 # ---------------------------------------------------------------- Lab 1
 
 
 def plot_loss(losses, ax):
-    """Draw log10 of each loss against steps. losses: {label: array of step 0, 1, ...}; returns ax."""
+    """Draw log10 of each loss against steps. losses: {label: array of step 0, 1, ...}; returns ax.
+    """
     for i, (label, values) in enumerate(losses.items()):
-        shown = np.maximum(values, 1e-32)  # an exact 0 has no logarithm; 1e-32 is below any rounding here
+        # an exact 0 has no logarithm; 1e-32 is below any rounding here
+        shown = np.maximum(values, 1e-32)
         every = max(len(values) // 8, 1)
         ax.plot(np.log10(shown), label=label, markevery=(i * every // 5, every), **style(i))
     ax.set(xlabel="step", ylabel=r"$\log_{10} L$")
@@ -98,14 +116,20 @@ def plot_curves(curves, ax, xlabel, ylabel, baseline=None):
 
 
 def plot_groups(W, ax, largest=None):
-    """Draw the magnitudes of W, (groups, elements), as shades of grey, a cross where W is exactly 0; returns ax.
+    """Draw the magnitudes of W, (groups, elements), as shades of grey, a cross where W is exactly
+    0; returns ax.
 
     largest: the magnitude that is black, that of W if None.
     """
     shades = ax.imshow(np.abs(W), cmap="Greys", vmin=0, vmax=largest, aspect="auto")
     group, element = np.nonzero(np.asarray(W) == 0)
     ax.scatter(element, group, marker="x", s=16, linewidth=1, color=COLORS[1])
-    ax.set(xlabel="element of the group", ylabel="group", xticks=range(W.shape[1]), yticks=range(W.shape[0]))
+    ax.set(
+        xlabel="element of the group",
+        ylabel="group",
+        xticks=range(W.shape[1]),
+        yticks=range(W.shape[0]),
+    )
     ax.set_xticklabels(range(1, W.shape[1] + 1))
     ax.set_yticklabels(range(1, W.shape[0] + 1))
     ax.figure.colorbar(shades, ax=ax, label="magnitude")
@@ -120,8 +144,12 @@ def plot_accuracy(curves, ax, xlabel, baseline=None):
 
     baseline: the float model's accuracy, a fraction, drawn as a dashed line.
     """
-    percentages = {label: {x: 100 * y for x, y in points.items()} for label, points in curves.items()}
-    plot_curves(percentages, ax, xlabel, "accuracy (%)", None if baseline is None else 100 * baseline)
+    percentages = {
+        label: {x: 100 * y for x, y in points.items()} for label, points in curves.items()
+    }
+    plot_curves(
+        percentages, ax, xlabel, "accuracy (%)", None if baseline is None else 100 * baseline
+    )
     ax.locator_params(axis="x", integer=True)
     return ax
 
@@ -139,22 +167,38 @@ def plot_history(history, ax, baseline=None):
 
 
 def plot_layers(series, ax, ylabel, ylim=None):
-    """Draw fractions of every layer as bars in %. series: {label: {layer: fraction}}, the same layers; returns ax."""
+    """Draw fractions of every layer as bars in %. series: {label: {layer: fraction}}, the same
+    layers; returns ax.
+    """
     width = 0.8 / len(series)
     for i, (label, layers) in enumerate(series.items()):
         x = np.arange(len(layers)) + (i - (len(series) - 1) / 2) * width
-        ax.bar(x, [100 * value for value in layers.values()], width, label=label, color=COLORS[i % 5],
-               alpha=0.85, hatch=("", "///", "...")[i % 3], edgecolor="white")
-    names = [name.replace("body_op.", "").removesuffix(".0") for name in next(iter(series.values()))]
+        ax.bar(
+            x,
+            [100 * value for value in layers.values()],
+            width,
+            label=label,
+            color=COLORS[i % 5],
+            alpha=0.85,
+            hatch=("", "///", "...")[i % 3],
+            edgecolor="white",
+        )
+    names = [
+        name.replace("body_op.", "").removesuffix(".0") for name in next(iter(series.values()))
+    ]
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     ax.set(ylabel=ylabel, ylim=ylim)
     if len(series) > 1:  # above the axes, where no bar is
-        ax.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(series), frameon=False)
+        ax.legend(
+            fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(series), frameon=False
+        )
     return ax
 
 
 def plot_weights(weights, quantized, ax):
-    """Draw the histogram of a layer's weights and, as vertical lines, the levels they are quantized to; returns ax."""
+    """Draw the histogram of a layer's weights and, as vertical lines, the levels they are quantized
+    to; returns ax.
+    """
     levels = np.unique(quantized)
     ax.hist(np.ravel(weights), bins=80, color="0.6")
     for level in levels:
@@ -164,31 +208,53 @@ def plot_weights(weights, quantized, ax):
 
 
 def broken_axes():
-    """Return two Axes, 7.5 x 5 inches together, that share x: the lower one continues y where the upper one ends."""
-    _, pair = plt.subplots(2, figsize=(7.5, 5), dpi=DPI, layout="constrained", sharex=True, height_ratios=(4, 1))
+    """Return two Axes, 7.5 x 5 inches together, that share x: the lower one continues y where the
+    upper one ends.
+    """
+    _, pair = plt.subplots(
+        2, figsize=(7.5, 5), dpi=DPI, layout="constrained", sharex=True, height_ratios=(4, 1)
+    )
     pair[0].spines["bottom"].set_visible(False)
     pair[0].tick_params(axis="x", which="both", bottom=False)
     pair[1].spines["top"].set_visible(False)
     for ax, y in zip(pair, (0, 1)):  # a slanted stroke at either end of the cut
-        ax.plot((0, 1), (y, y), transform=ax.transAxes, marker=((-1, -0.5), (1, 0.5)), color="black", markersize=8,
-                linestyle="none", clip_on=False)
+        ax.plot(
+            (0, 1),
+            (y, y),
+            transform=ax.transAxes,
+            marker=((-1, -0.5), (1, 0.5)),
+            color="black",
+            markersize=8,
+            linestyle="none",
+            clip_on=False,
+        )
     return pair
 
 
 def plot_size(methods, pair, cut, baseline=None, limit=None):
     """Draw accuracy in % against file size in bytes, on a log axis; returns the two Axes of `pair`.
 
-    methods: {label: {model: (bytes, fraction)}}; a thin line joins the sizes of a model, which is numbered at its
-    place in the last method that has it, and named beside. pair: of broken_axes(); models above `cut`, a fraction,
-    are in the upper one. baseline: the float model's accuracy, a fraction, drawn as a dashed line; limit: a size in
-    bytes, drawn as a dotted one.
+    methods: {label: {model: (bytes, fraction)}}; a thin line joins the sizes of a model, which is
+    numbered at its place in the last method that has it, and named beside. pair: of broken_axes();
+    models above `cut`, a fraction, are in the upper one. baseline: the float model's accuracy, a
+    fraction, drawn as a dashed line; limit: a size in bytes, drawn as a dotted one.
     """
     upper, lower = pair
     for i, (label, models) in enumerate(methods.items()):
         for ax in pair:
-            inside = [(size, 100 * accuracy) for size, accuracy in models.values() if (accuracy > cut) == (ax is upper)]
-            ax.plot(*zip(*inside or [(np.nan, np.nan)]), label=label, **(style(i) | {"linestyle": "none"}))
-    numbered = list(enumerate(dict.fromkeys(model for models in methods.values() for model in models), start=1))
+            inside = [
+                (size, 100 * accuracy)
+                for size, accuracy in models.values()
+                if (accuracy > cut) == (ax is upper)
+            ]
+            ax.plot(
+                *zip(*inside or [(np.nan, np.nan)]),
+                label=label,
+                **(style(i) | {"linestyle": "none"}),
+            )
+    numbered = list(
+        enumerate(dict.fromkeys(model for models in methods.values() for model in models), start=1)
+    )
     for number, model in numbered:
         places = [models[model] for models in methods.values() if model in models]
         size, accuracy = places[-1]

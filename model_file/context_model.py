@@ -1,9 +1,10 @@
-"""How likely each symbol of a weight tensor is, given those before it: the model behind the "context" coder.
+"""How likely each symbol of a weight tensor is, given those before it: the model behind the
+"context" coder.
 
-Trained kernels are not noise: a filter or an input channel that has many zeros has more of them, zeros lie beside
-zeros, and neighbouring weights tend to have one sign. The model learns how strong this is while it codes, from what is
-coded already, so a file holds no table of it. It computes with integers only: reader and writer must arrive at
-exactly the same probabilities, on any machine.
+Trained kernels are not noise: a filter or an input channel that has many zeros has more of them,
+zeros lie beside zeros, and neighbouring weights tend to have one sign. The model learns how strong
+this is while it codes, from what is coded already, so a file holds no table of it. It computes with
+integers only: reader and writer must arrive at exactly the same probabilities, on any machine.
 """
 
 import functools
@@ -15,15 +16,19 @@ OCTAVE = 16  # logarithms here are integers, in sixteenths of an octave: 16 log2
 SEEN = 32  # what an observed bit adds to its count
 FIRST = 8 * SEEN  # a new context's counts add up to this: what it starts from is worth 8 bits seen
 
-# Found by trying a few on our model pruned to 70, 80 and 90 %. A quarter more or less of any changes no size by 1 %.
+# Found by trying a few on our model pruned to 70, 80 and 90 %. A quarter more or less of any
+# changes no size by 1 %.
 NEIGHBOUR = 32  # what a non-zero left or upper neighbour adds to the log odds of "not zero"
 KERNEL = 6  # what each non-zero of the same kernel adds
 POSITION = -2  # what each position that is coded adds, to offset KERNEL
-FILTER, CHANNEL, BY = 10, 8, 16  # weights, in sixteenths, of what the filter and the input channel have had so far
+# weights, in sixteenths, of what the filter and the input channel have had so far
+FILTER, CHANNEL, BY = 10, 8, 16
 
 
 def _root16(x):
-    """Return the 16th root of an integer, rounded down, exactly; floating-point logarithms differ among machines."""
+    """Return the 16th root of an integer, rounded down, exactly; floating-point logarithms differ
+    among machines.
+    """
     return math.isqrt(math.isqrt(math.isqrt(math.isqrt(x))))
 
 
@@ -44,12 +49,16 @@ def _exp(v):
 
 
 def log_odds(nonzeros, size):
-    """Return about 16 log2(non-zeros / zeros) of an array of `size` symbols, as an integer from -127 to 127."""
+    """Return about 16 log2(non-zeros / zeros) of an array of `size` symbols, as an integer from
+    -127 to 127.
+    """
     return int(np.clip(_log(2 * nonzeros + 1) - _log(2 * (size - nonzeros) + 1), -127, 127))
 
 
 class _Contexts:
-    """Counts of zeros and ones in each context, and from them the probability of the next bit there."""
+    """Counts of zeros and ones in each context, and from them the probability of the next bit
+    there.
+    """
 
     def __init__(self, starts):
         """starts: the log odds of a one that each context begins with."""
@@ -63,37 +72,45 @@ class _Contexts:
         self.counts = np.stack([FIRST - ones, ones], axis=1)
 
     def code(self, coder, contexts, bits):
-        """Encode `bits`, or decode as many as there are `contexts` if None; return them (0 or 1) and count them."""
+        """Encode `bits`, or decode as many as there are `contexts` if None; return them (0 or 1)
+        and count them.
+        """
         counts = self.counts[contexts]
         ones = np.clip((counts[:, 1] << 16) // counts.sum(1), 1, 2**16 - 1)
         bits = coder(np.stack([2**16 - ones, ones], axis=1), bits)
         for bit in (0, 1):
-            self.counts[:, bit] += SEEN * np.bincount(contexts[bits == bit], minlength=len(self.counts))
+            self.counts[:, bit] += SEEN * np.bincount(
+                contexts[bits == bit], minlength=len(self.counts)
+            )
         return bits
 
 
 class ContextModel:
     """Codes arrays of symbols one after another, and learns from each for the next.
 
-    coder(weights, bits) encodes `bits` (n,), or decodes n of them if None, and returns them as int64. weights: (n, 2),
-    integers that add up to 2^16, proportional to the probabilities of 0 and 1.
+    coder(weights, bits) encodes `bits` (n,), or decodes n of them if None, and returns them as
+    int64. weights: (n, 2), integers that add up to 2^16, proportional to the probabilities of 0 and
+    1.
 
-    A symbol is told as: zero or not; its sign; its distance from zero minus one, in bits, the highest first. One
-    kernel position after another is coded, for all kernels of the array at once, so that NumPy does the work.
+    A symbol is told as: zero or not; its sign; its distance from zero minus one, in bits, the
+    highest first. One kernel position after another is coded, for all kernels of the array at once,
+    so that NumPy does the work.
     """
 
     def __init__(self, coder):
         self.coder = coder
-        self.scores = range(-24 * OCTAVE, 24 * OCTAVE + 1, OCTAVE // 2)  # one context for each half octave of odds
+        # one context for each half octave of odds
+        self.scores = range(-24 * OCTAVE, 24 * OCTAVE + 1, OCTAVE // 2)
         self.nonzero = _Contexts(self.scores)
         self.distances = {}  # {number of contexts: _Contexts}
-        self.sign = _Contexts([0] * 27)  # of the left, upper and upper left neighbour: -, 0 or + each
+        # of the left, upper and upper left neighbour: -, 0 or + each
+        self.sign = _Contexts([0] * 27)
 
     def code(self, alphabet, density, symbols=None):
         """Encode `symbols`, or decode them if None; return them, a flat int64 array.
 
-        alphabet: a coders.Alphabet, of any shape; one that is not (out, in, height, width) counts as (out, in, 1, 1).
-        density: what log_odds gives for the array.
+        alphabet: a coders.Alphabet, of any shape; one that is not (out, in, height, width) counts
+        as (out, in, 1, 1). density: what log_odds gives for the array.
         """
         height, width = alphabet.shape[2:] if len(alphabet.shape) == 4 else (1, 1)
         n_out, n_in = alphabet.shape[0], alphabet.size // (alphabet.shape[0] * height * width)
@@ -105,24 +122,35 @@ class ContextModel:
         wanted = None if symbols is None else symbols.reshape(shape) - alphabet.zero
         values = np.zeros(shape, np.int64)
         for p in range(height * width):
-            neighbours = np.zeros((3, n_out, n_in), np.int64)  # those beyond the border count as zero
+            # those beyond the border count as zero
+            neighbours = np.zeros((3, n_out, n_in), np.int64)
             row, column = divmod(p, width)
-            for i, (is_inside, back) in enumerate([(column, 1), (row, width), (row and column, width + 1)]):
+            for i, (is_inside, back) in enumerate(
+                [(column, 1), (row, width), (row and column, width + 1)]
+            ):
                 if is_inside:
                     neighbours[i] = values[:, :, p - back]
-            score = _score(density, values[:, :, :p] != 0) + NEIGHBOUR * (neighbours[:2] != 0).sum(0)
+            score = _score(density, values[:, :, :p] != 0) + NEIGHBOUR * (neighbours[:2] != 0).sum(
+                0
+            )
             values[:, :, p] = self._position(alphabet, score, neighbours, distance,
                                              None if wanted is None else wanted[:, :, p])
         return (values + alphabet.zero).ravel()
 
     def _position(self, alphabet, score, neighbours, distance, wanted):
-        """Code one position of all kernels; arrays are (out, in). Returns the values, symbols minus zero."""
+        """Code one position of all kernels; arrays are (out, in). Returns the values, symbols minus
+        zero.
+        """
 
         def told(what):  # while encoding; None while decoding
             return None if wanted is None else what()
 
-        context = np.clip(score // self.scores.step + len(self.scores) // 2, 0, len(self.scores) - 1)
-        nonzero = self.nonzero.code(self.coder, context.ravel(), told(lambda: wanted.ravel() != 0)) == 1
+        context = np.clip(
+            score // self.scores.step + len(self.scores) // 2, 0, len(self.scores) - 1
+        )
+        nonzero = (
+            self.nonzero.code(self.coder, context.ravel(), told(lambda: wanted.ravel() != 0)) == 1
+        )
         kept = told(lambda: wanted.ravel()[nonzero])
         n = int(nonzero.sum())
         if 0 < alphabet.zero < alphabet.n_levels - 1:
@@ -133,7 +161,9 @@ class ContextModel:
         node = np.ones(n, np.int64)  # in the tree of distances: 1 and the bits that are known
         n_bits = (len(distance.counts) // 2).bit_length() - 1
         for shift in range(n_bits - 1, -1, -1):
-            bit = distance.code(self.coder, 2 * node + positive, told(lambda: (abs(kept) - 1) >> shift & 1))
+            bit = distance.code(
+                self.coder, 2 * node + positive, told(lambda: (abs(kept) - 1) >> shift & 1)
+            )
             node = 2 * node + bit
         values = np.zeros(nonzero.shape, np.int64)
         values[nonzero] = np.where(positive == 1, 1, -1) * (node - (1 << n_bits) + 1)
@@ -141,13 +171,18 @@ class ContextModel:
 
 
 def _score(density, nonzero):
-    """Return estimated log odds of "not zero" at the next position, (out, in). nonzero: (out, in, positions coded)."""
+    """Return estimated log odds of "not zero" at the next position, (out, in). nonzero: (out, in,
+    positions coded).
+    """
     n_out, n_in, p = nonzero.shape
     odds = _exp(density)
     score = density + KERNEL * nonzero.sum(2) + POSITION * p
     for axis, weight, n in ((0, CHANNEL, n_out * p), (1, FILTER, n_in * p)):
         ones = nonzero.sum((axis, 2))
-        # Four weights of the whole array's density are added, so that none seen does not mean never.
-        seen = _log(ones * (odds + 2**16) + 4 * odds) - _log((n - ones) * (odds + 2**16) + 4 * 2**16)
+        # Four weights of the whole array's density are added, so that none seen does not mean
+        # never.
+        seen = _log(ones * (odds + 2**16) + 4 * odds) - _log(
+            (n - ones) * (odds + 2**16) + 4 * 2**16
+        )
         score = score + np.expand_dims(weight * (seen - density) // BY, axis)
     return score

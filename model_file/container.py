@@ -7,9 +7,9 @@ A file holds all that is needed to run a net, and no code. Integers and floats a
              4  CRC-32 of all that follows
        1, 1, 1  number of layers; coder, an index into CODERS; bits of a float
           2, 4  length of the table; length of the floats; the rest are the symbols
-    table       each tensor's name, kind, shape, number of levels and index of the level at zero, under zlib
-    floats      values that are no symbols, levels and steps, in the table's order, by encode_floats
-    symbols     of all tensors, in the table's order, by coders.encode
+    table       each tensor's name, kind, shape, number of levels and index of the level at zero,
+    under zlib floats      values that are no symbols, levels and steps, in the table's order, by
+    encode_floats symbols     of all tensors, in the table's order, by coders.encode
 """
 
 import math
@@ -19,17 +19,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-import coders
-from coders import Alphabet, ByteReader, CompressionError
+from model_file import coders
+from model_file.coders import Alphabet, ByteReader, CompressionError
 
 MAGIC, VERSION = b"RNPQ", 1
-# A CRC finds damage, in 4 bytes. A cryptographic hash would not keep out ill will either, as whoever alters a file can
-# compute it anew: the reader has to stand any content.
+# A CRC finds damage, in 4 bytes. A cryptographic hash would not keep out ill will either, as
+# whoever alters a file can compute it anew: the reader has to stand any content.
 START = struct.Struct("<4sBI")
 HEADER = struct.Struct("<BBBHI")
-RECORD = struct.Struct("<BBHH")  # behind the name: kind, dimensions, levels, zero; then 2 bytes a dimension
+# behind the name: kind, dimensions, levels, zero; then 2 bytes a dimension
+RECORD = struct.Struct("<BBHH")
 
-CODERS = ("none", *coders.CODERS)  # "none": weights as floats. The order is the format's: add at the end
+# "none": weights as floats. The order is the format's: add at the end
+CODERS = ("none", *coders.CODERS)
 FLOAT_BITS = (32, 16, 8, 7, 6, 5, 4)
 KINDS = (
     "float",  # every value as a float
@@ -38,7 +40,8 @@ KINDS = (
     "steps",  # symbols; (symbol - zero) times the output channel's step
     "codes",  # symbols; symbol - zero
 )
-MAX_LAYERS = 110  # the deepest but one of He et al.'s nets for CIFAR-10; no file can ask for a larger net
+# the deepest but one of He et al.'s nets for CIFAR-10; no file can ask for a larger net
+MAX_LAYERS = 110
 MAX_TABLE = 2**16  # bytes, unpacked; 110 layers need a seventh of it
 
 
@@ -56,13 +59,17 @@ class Record(NamedTuple):
         return Alphabet(self.shape, self.n_levels, self.zero)
 
     def float_layout(self, float_bits):
-        """Return (rows, bits) of its floats. Levels and steps scale whole channels, so they keep 16 bits."""
+        """Return (rows, bits) of its floats. Levels and steps scale whole channels, so they keep 16
+        bits.
+        """
         rows = self.shape[0] if self.kind == "float" and len(self.shape) > 1 else 1
         return rows, max(float_bits, 16) if self.kind in ("levels", "steps") else float_bits
 
 
 class Part(NamedTuple):
-    """A tensor in its file: `floats` are what its kind needs of them; `symbols` (int64, of its shape) may be None."""
+    """A tensor in its file: `floats` are what its kind needs of them; `symbols` (int64, of its
+    shape) may be None.
+    """
 
     record: Record
     floats: np.ndarray
@@ -110,8 +117,9 @@ def symbol_bytes(parts, coder):
 def read(data, expected):
     """Return (number of layers, coder, float bits, {section: bytes}, [Part]) of a file's bytes.
 
-    expected(num_layers) returns {name: shape} of the tensors that a file of so many layers must hold, in order. Raises
-    CompressionError for anything that `write` does not write; nothing is allocated before its size is checked.
+    expected(num_layers) returns {name: shape} of the tensors that a file of so many layers must
+    hold, in order. Raises CompressionError for anything that `write` does not write; nothing is
+    allocated before its size is checked.
     """
     reader = ByteReader(data, "the file")
     magic, version, crc = START.unpack(reader.take(START.size))
@@ -123,7 +131,9 @@ def read(data, expected):
         raise CompressionError("the file is damaged: its checksum does not match")
     num_layers, coder, float_bits, n_table, n_floats = HEADER.unpack(reader.take(HEADER.size))
     if num_layers not in range(8, MAX_LAYERS + 1, 6):
-        raise CompressionError(f"the number of layers must be 8, 14, 20, ... {MAX_LAYERS}, got {num_layers}")
+        raise CompressionError(
+            f"the number of layers must be 8, 14, 20, ... {MAX_LAYERS}, got {num_layers}"
+        )
     if coder >= len(CODERS):
         raise CompressionError(f"the coder must be below {len(CODERS)}, got {coder}")
     if float_bits not in FLOAT_BITS:
@@ -134,7 +144,13 @@ def read(data, expected):
     parts = [_read_part(record, symbols.get(record.name), floats, float_bits) for record in records]
     floats.end()
     sections = {"header": START.size + HEADER.size, "table": n_table, "floats": n_floats}
-    return num_layers, CODERS[coder], float_bits, sections | {"symbols": len(data) - sum(sections.values())}, parts
+    return (
+        num_layers,
+        CODERS[coder],
+        float_bits,
+        sections | {"symbols": len(data) - sum(sections.values())},
+        parts,
+    )
 
 
 def _read_table(packed, expected):
@@ -144,14 +160,18 @@ def _read_table(packed, expected):
     except zlib.error as error:
         raise CompressionError(f"the table cannot be read: {error}") from error
     if not inflate.eof or inflate.unused_data:
-        raise CompressionError(f"the table must be one zlib stream of at most {MAX_TABLE} bytes unpacked")
+        raise CompressionError(
+            f"the table must be one zlib stream of at most {MAX_TABLE} bytes unpacked"
+        )
     reader, records = ByteReader(table, "the table"), []
     for name, shape in expected.items():
         read_name = reader.take(reader.take(1)[0])
         kind, n_dims, n_levels, zero = RECORD.unpack(reader.take(RECORD.size))
         read_shape = struct.unpack(f"<{n_dims}H", reader.take(2 * n_dims))
         if (read_name, read_shape) != (name.encode(), shape):
-            raise CompressionError(f"tensor {len(records)} must be {name} {shape}, got {read_name!r} {read_shape}")
+            raise CompressionError(
+                f"tensor {len(records)} must be {name} {shape}, got {read_name!r} {read_shape}"
+            )
         if kind >= len(KINDS):
             raise CompressionError(f"the kind of {name} must be below {len(KINDS)}, got {kind}")
         records.append(_checked(Record(name, shape, KINDS[kind], n_levels, zero)))
@@ -160,39 +180,52 @@ def _read_table(packed, expected):
 
 
 def _checked(record):
-    """Return the record, or raise CompressionError if no tensor can have its kind, levels and zero."""
+    """Return the record, or raise CompressionError if no tensor can have its kind, levels and zero.
+    """
     if record.kind in ("float", "masked"):
         fits = (record.n_levels, record.zero) == ((0, 0) if record.kind == "float" else (2, 0))
     else:
         fits = record.zero < record.n_levels <= coders.MAX_LEVELS
     if not fits or (record.kind != "float" and not record.name.endswith(".weight")):
-        raise CompressionError(f"{record.name} cannot be of kind {record.kind} with {record.n_levels} levels and "
-                               f"zero at {record.zero}")
+        raise CompressionError(
+            f"{record.name} cannot be of kind {record.kind} with {record.n_levels} levels and "
+            f"zero at {record.zero}"
+        )
     return record
 
 
 def _read_symbols(coder, records, reader):
-    """Return {name: symbols} of the records that have symbols, from all that is left in the reader."""
+    """Return {name: symbols} of the records that have symbols, from all that is left in the reader.
+    """
     coded = [record for record in records if record.kind != "float"]
     if not coded:
         reader.end()
         return {}
     if coder == "none":
-        raise CompressionError(f"a file without a coder has no symbols, but {coded[0].name} is of kind {coded[0].kind}")
+        raise CompressionError(
+            f"a file without a coder has no symbols, but {coded[0].name} is of kind {coded[0].kind}"
+        )
     data = reader.take(len(reader.data) - reader.position)
     arrays = coders.decode(coder, data, [record.alphabet for record in coded])
     return {record.name: array for record, array in zip(coded, arrays)}
 
 
 def _read_part(record, symbols, floats, float_bits):
-    size = {"float": math.prod(record.shape), "levels": record.n_levels, "steps": record.shape[0], "codes": 0}
+    size = {
+        "float": math.prod(record.shape),
+        "levels": record.n_levels,
+        "steps": record.shape[0],
+        "codes": 0,
+    }
     n = int(symbols.sum()) if record.kind == "masked" else size[record.kind]
     rows, bits = record.float_layout(float_bits)
     return Part(record, decode_floats(floats, (rows, n // rows), bits).ravel(), symbols)
 
 
 def value_of(part):
-    """Return the tensor that a Part stands for, float32. Raises CompressionError if it is beyond float32's range."""
+    """Return the tensor that a Part stands for, float32. Raises CompressionError if it is beyond
+    float32's range.
+    """
     record, floats, symbols = part
     if record.kind == "float":
         return floats.reshape(record.shape)
@@ -217,8 +250,9 @@ def value_of(part):
 def encode_floats(values, bits):
     """Return finite float32 values, (rows, columns), as bytes.
 
-    bits: 32, exact; 16, rounded to float16; 8 to 4, rounded to an even grid from each row's minimum to its maximum,
-    which are kept as float16. Raises CompressionError if a value is beyond float16's range.
+    bits: 32, exact; 16, rounded to float16; 8 to 4, rounded to an even grid from each row's minimum
+    to its maximum, which are kept as float16. Raises CompressionError if a value is beyond
+    float16's range.
     """
     if bits == 32:
         return values.astype("<f4").tobytes()
@@ -226,7 +260,8 @@ def encode_floats(values, bits):
         return _float16(values).tobytes()
     data = b""
     for row in values.astype(np.float64) if values.size else ():
-        low = _float16(row.min(), -np.inf)  # both rounded outwards, so that the grid reaches from end to end
+        # both rounded outwards, so that the grid reaches from end to end
+        low = _float16(row.min(), -np.inf)
         step = _float16((row.max() - low) / (2**bits - 1), np.inf)
         codes = np.round((row - low) / (float(step) or 1.0)).clip(0, 2**bits - 1)
         data += np.array([low, step], "<f2").tobytes() + coders.pack([coders.to_bits(codes, bits)])
@@ -234,13 +269,16 @@ def encode_floats(values, bits):
 
 
 def decode_floats(reader, shape, bits):
-    """Take what encode_floats wrote for values of `shape`, (rows, columns), off a ByteReader; return them, float32.
+    """Take what encode_floats wrote for values of `shape`, (rows, columns), off a ByteReader;
+    return them, float32.
 
     Raises CompressionError if there are too few bytes or a value is NaN or infinite.
     """
     rows, columns = shape
     if bits >= 16:
-        values = np.frombuffer(reader.take(rows * columns * bits // 8), f"<f{bits // 8}").astype(np.float32)
+        values = np.frombuffer(reader.take(rows * columns * bits // 8), f"<f{bits // 8}").astype(
+            np.float32
+        )
     else:
         values = np.zeros(shape, np.float32)
         for row in values if values.size else ():
@@ -254,11 +292,14 @@ def decode_floats(reader, shape, bits):
 
 
 def _float16(values, towards=None):
-    """Return values as float16: the nearest or, with towards=inf or -inf, the nearest on that side."""
+    """Return values as float16: the nearest or, with towards=inf or -inf, the nearest on that side.
+    """
     largest = np.abs(values).max(initial=0)
     if largest > np.finfo(np.float16).max:
-        raise CompressionError(f"values must be at most {np.finfo(np.float16).max} with float_bits below 32, "
-                               f"got {largest}")
+        raise CompressionError(
+            f"values must be at most {np.finfo(np.float16).max} with float_bits below 32, "
+            f"got {largest}"
+        )
     rounded = np.asarray(values).astype("<f2")
     if towards is not None and (float(rounded) - float(values)) * towards < 0:
         rounded = np.nextafter(rounded, np.float16(towards))

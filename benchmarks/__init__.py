@@ -1,0 +1,1 @@
+"""Speed against the assigned pipeline."""

@@ -1,0 +1,101 @@
+"""Command line: `pack` a checkpoint into a small file, `unpack` it, `info` on its bytes."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from experiments.records import weights_path
+from experiments.run import QUANTIZERS, build
+from experiments.runs import RUNS
+from files import atomic_write
+from model_file import container
+from model_file.network import compress, decompress, describe, stored_shapes
+from resnet20 import ResNetCIFAR
+from training.checkpoints import load_weights, save_weights
+
+
+def load(checkpoint, Nbits=None, symmetric=False, quantizer=None):
+    """Return the net, on the CPU, of a checkpoint: a run's name, a run's file, or any other file.
+
+    A run says what a checkpoint does not: bits of a weight, whether levels are symmetric, and the
+    quantizer. For other files, or to have it otherwise, the arguments say it; without them the
+    weights are taken as they are. Raises ValueError for an unknown name, and as load_weights does.
+    """
+    path = Path(checkpoint)
+    if path.suffix != ".pt":
+        name, path = str(checkpoint), weights_path(str(checkpoint))
+    else:
+        name = "pretrain" if path.name == weights_path("pretrain").name else path.stem
+    if name in RUNS and Nbits is None:
+        return load_weights(build(name, "cpu"), path)
+    kind = QUANTIZERS["minmax" if quantizer is None else quantizer]
+    return load_weights(ResNetCIFAR(20, Nbits, symmetric, kind), path)
+
+
+def main(arguments=None):
+    """Run a command line; return the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "pack":
+            net = load(options.checkpoint, options.bits, options.symmetric, options.quantizer)
+            data = compress(net, options.coder, options.float_bits)
+            with atomic_write(options.out) as file:
+                file.write(data)
+            print(f"{options.out}: {_ratio(data, stored_shapes(net).values())}")
+        elif options.command == "unpack":
+            save_weights(decompress(Path(options.file).read_bytes()), options.out)
+        else:
+            _print_info(Path(options.file).read_bytes())
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m model_file",
+                                     description="A pruned and quantized network as a small file.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    pack = commands.add_parser("pack", help="write a checkpoint as a file")
+    pack.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's name, or a .pt file")
+    pack.add_argument("out", metavar="OUT")
+    pack.add_argument("--coder", choices=container.CODERS, default="context")
+    pack.add_argument("--float-bits", type=int, choices=container.FLOAT_BITS, default=32,
+                      help="of values that are no symbols; fewer than 32 round them")
+    pack.add_argument("--bits", type=int, metavar="N",
+                      help="bits of a weight in the residual stages, for a file that is no run's")
+    pack.add_argument("--quantizer", choices=QUANTIZERS, help="how --bits quantizes: minmax, as "
+                      "assigned (default), or learned, with the steps in the file")
+    pack.add_argument("--symmetric", action="store_true",
+                      help="with --bits: levels symmetric around zero")
+    unpack = commands.add_parser("unpack", help="write a file's net as a float checkpoint")
+    unpack.add_argument("file", metavar="FILE")
+    unpack.add_argument("out", metavar="OUT.pt")
+    info = commands.add_parser("info", help="show where every byte goes")
+    info.add_argument("file", metavar="FILE")
+    return parser
+
+
+def _ratio(data, shapes):
+    floats = 4 * sum(map(math.prod, shapes))
+    return (f"{len(data):,} bytes, {floats / len(data):.2f} times smaller than "
+            f"{floats:,} bytes of float32 parameters")
+
+
+def _print_info(data):
+    sections, rows = describe(data)
+    line = "{:33} {:>10} {:>6} {:>6} {:>9} {:>6} {:>7} {:>10}"
+    print(line.format("tensor", "shape", "kind", "levels", "zeros (%)", "floats", "symbols",
+                      "bits/value"))
+    for record, zeros, floats, symbols in rows:
+        bits = 8 * (floats + symbols) / math.prod(record.shape)
+        print(line.format(record.name, "x".join(map(str, record.shape)), record.kind,
+                          record.n_levels or "", f"{100 * zeros:.2f}", floats, symbols,
+                          f"{bits:.3f}"))
+    total = " + ".join(f"{name} {n:,}" for name, n in sections.items())
+    print(f"{total} = {_ratio(data, [record.shape for record, *_ in rows])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
