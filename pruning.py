@@ -7,75 +7,66 @@ import torch.nn as nn
 
 from arguments import PERCENTAGE, check
 
-__all__ = ["prunable_layers", "prune_by_percentage", "global_prune_by_percentage",
+__all__ = ["prunable_layers", "percentile", "prune_by_percentage", "global_prune_by_percentage",
            "prune_before_epoch", "weight_masks", "apply_masks", "sparsity", "layer_sparsity"]
 
 
 def prunable_layers(net):
-    """Return [(name, layer)] of every conv and linear layer in `net`, save the shortcuts' 1x1
-    projections.
+    """Return [(name, layer)] of all conv and linear layers, save the shortcuts' 1x1 projections.
 
     For ResNet-20 that is 20 layers with 268,336 weights, in forward order; names without the
     wrapper's `.conv` or `.linear` (head_conv.0, body_op.0.conv1.0, ..., final_fc).
     """
-    return [
-        (name.removesuffix(".conv").removesuffix(".linear"), layer)
-        for name, layer in net.named_modules()
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and "id_mapping" not in name
-    ]
+    return [(name.removesuffix(".conv").removesuffix(".linear"), layer)
+            for name, layer in net.named_modules()
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and "id_mapping" not in name]
 
 
-def _threshold(magnitudes, q):
-    """Return the q-th percentile of a tensor of magnitudes, linearly interpolated as NumPy does."""
+def percentile(magnitudes, q):
+    """Return the q-th percentile of a tensor, of two neighbours the lower, as a tensor without shape.
+
+    What is at or below it is at or below np.percentile's interpolated value too, and nothing else is.
+    Raises ValueError if q is outside 0 to 100 or an element is NaN or infinite.
+    """
     check(PERCENTAGE, q=q)
     if not torch.isfinite(magnitudes).all():
         raise ValueError("weights must be finite to be ranked, got NaN or infinite ones")
-    # torch.quantile refuses more than 2^24 elements
-    ordered = magnitudes.flatten().double().sort().values
-    position = float(q) / 100 * (len(ordered) - 1)
-    below = math.floor(position)
-    above = min(below + 1, len(ordered) - 1)
-    return torch.lerp(ordered[below], ordered[above], position - below)
+    ordered = magnitudes.flatten().sort().values
+    return ordered[math.floor(q * (len(ordered) - 1) / 100)]
 
 
 def prune_by_percentage(layer, q=70.0):
-    """Set the weights of one layer to zero, in place, that are at or below the q-th percentile of
-    |w|.
+    """Set to zero, in place, the weights of one layer at or below the q-th percentile of |w|.
 
-    layer: an nn.Conv2d or nn.Linear (or an FP_Conv or FP_Linear around one); its bias is left
-    alone. Ties fall together, so at least q % of the weights become zero, up to one weight's
-    rounding; even q=0 takes the smallest. Raises TypeError if the layer has no weight, ValueError
-    if q is outside 0 to 100 or a weight is NaN or infinite; the layer is unchanged then.
+    layer: an nn.Conv2d or nn.Linear, or an FP_Conv or FP_Linear around one; its bias is left alone.
+    Ties fall together, so at least q % of the weights become zero, up to one weight's rounding.
+    Raises TypeError if the layer has no weight, and as percentile does; the layer is unchanged then.
 
-    Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks",
-    NeurIPS 2015.
+    Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
     """
     weight = _weight_of(layer)
     with torch.no_grad():
-        magnitudes = weight.abs()
-        weight.masked_fill_(magnitudes.double() <= _threshold(magnitudes, q), 0)
+        threshold = percentile(weight.abs(), q)
+        weight.masked_fill_(weight.abs() <= threshold, 0)
 
 
 def global_prune_by_percentage(net, q=70.0):
-    """Prune all prunable layers of `net`, in place, with one threshold: the q-th percentile of all
-    their |w|.
+    """Prune all prunable layers of `net`, in place, at the q-th percentile of all their |w| together.
 
-    Layers with small weights lose more of them than others. Raises as prune_by_percentage does, and
-    ValueError if `net` has no prunable layer; the net is unchanged then.
+    Layers with small weights lose more of them than others. Raises as percentile does, and ValueError
+    if `net` has no prunable layer; the net is unchanged then.
     """
-    layers = prunable_layers(net)
-    if not layers:
+    weights = [layer.weight for _, layer in prunable_layers(net)]
+    if not weights:
         raise ValueError("net has no conv or linear layer to prune")
     with torch.no_grad():
-        threshold = _threshold(torch.cat([layer.weight.abs().flatten() for _, layer in layers]), q)
-        for _, layer in layers:
-            layer.weight.masked_fill_(layer.weight.abs().double() <= threshold, 0)
+        threshold = percentile(torch.cat([weight.abs().flatten() for weight in weights]), q)
+        for weight in weights:
+            weight.masked_fill_(weight.abs() <= threshold, 0)
 
 
 def prune_before_epoch(net, pruning, epoch):
-    """Prune `net`, in place, as `pruning`, a training.recipe.Pruning, wants it before `epoch` (from
-    1).
-    """
+    """Prune `net`, in place, as `pruning`, a training.recipe.Pruning, has it before `epoch` (from 1)."""
     q = pruning.percentage(epoch)
     if q is None:
         return
@@ -87,23 +78,17 @@ def prune_before_epoch(net, pruning, epoch):
 
 
 def weight_masks(net):
-    """Return {name: mask} for the prunable layers: 1 where a weight is kept, 0 where it is zero
-    (pruned).
-    """
-    return {
-        name: (layer.weight.detach() != 0).to(layer.weight.dtype)
-        for name, layer in prunable_layers(net)
-    }
+    """Return {name: mask} of the prunable layers: 1 where a weight is kept, 0 where it is zero."""
+    return {name: (layer.weight.detach() != 0).to(layer.weight.dtype)
+            for name, layer in prunable_layers(net)}
 
 
 def apply_masks(net, masks):
     """Multiply the weights of the prunable layers by `masks` (from weight_masks), in place."""
     layers = dict(prunable_layers(net))
     if layers.keys() != masks.keys():
-        raise ValueError(
-            "masks must name the net's prunable layers, "
-            f"got {sorted(layers.keys() ^ masks.keys())} amiss"
-        )
+        raise ValueError("masks must name the net's prunable layers, got "
+                         f"{sorted(layers.keys() ^ masks.keys())} amiss")
     with torch.no_grad():
         torch._foreach_mul_([layers[name].weight for name in masks], list(masks.values()))
 
@@ -125,7 +110,6 @@ def layer_sparsity(net):
 def _weight_of(layer):
     inner = getattr(layer, "conv", None) or getattr(layer, "linear", None) or layer
     if not isinstance(getattr(inner, "weight", None), torch.Tensor):
-        raise TypeError(
-            f"layer must have a weight (nn.Conv2d, nn.Linear), got {type(layer).__name__}"
-        )
+        raise TypeError("layer must have a weight (nn.Conv2d, nn.Linear), "
+                        f"got {type(layer).__name__}")
     return inner.weight

@@ -4,7 +4,7 @@ import inspect
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 from matplotlib import ticker
 
 SIZE = (5, 3)  # inches
@@ -37,10 +37,20 @@ def axes(columns=1):
 
 def percent(fraction):
     """Return a fraction as a percentage with two decimals: 0.9151 gives '91.51'."""
-    return f"{100 * fraction:.2f}"
+    return f"{100 * float(fraction):.2f}"
+
+
+def points(difference):
+    """Return a difference of two fractions in percentage points: 0.0012 gives '+0.12 points'."""
+    return f"{100 * float(difference):+.2f} points"
 
 
 # ---------------------------------------------------------------- tables and source
+
+
+def answer(text, in_short=None):
+    """Display an answer, in Markdown; in_short: its numbers, for the report's table of results."""
+    display(Markdown(f"**Answer.** {text}"), metadata={"in_short": in_short} if in_short else None)
 
 
 def table(header, rows):

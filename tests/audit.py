@@ -70,8 +70,9 @@ def verdict(answer):
     summary = f"dependency audit: {checked} packages checked, known vulnerabilities: {len(found)}"
     if skipped:
         summary = (
-            f"dependency audit {'INCOMPLETE' if checked else 'NOT DONE'}: the vulnerability service does not "
-            f"know {len(skipped)} of {len(answer)} packages ({', '.join(skipped[:3])}, ...)"
+            f"dependency audit {'INCOMPLETE' if checked else 'NOT DONE'}: the vulnerability "
+            f"service does not know {len(skipped)} of {len(answer)} packages "
+            f"({', '.join(skipped[:3])}, ...)"
         )
     return [*found, summary], int(bool(found) or (bool(skipped) and in_ci))
 

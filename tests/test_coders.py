@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import entropy
 
-from model_file import coders
-import context_model
-import experiments
+from experiments.records import weights_path
+from model_file import coders, context_model
 from model_file.coders import CODERS, Alphabet, CompressionError, decode, encode, entropy_bytes
 
 quick = settings(max_examples=60, deadline=None)
@@ -50,7 +49,7 @@ def ternary():
     """Signs, as symbols, of the 3x3 kernels in the residual stages of the shipped net that is 70 %
     pruned.
     """
-    state = torch.load(experiments.weights_path("lab2e_global"), weights_only=True)
+    state = torch.load(weights_path("lab2e_global"), weights_only=True)
     weights = [
         w.numpy()
         for name, w in state.items()

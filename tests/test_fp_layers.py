@@ -1,5 +1,8 @@
 """The quantizers against torch.fake_quantize_per_tensor_affine, and their properties."""
 
+import copy
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from FP_layers import (
-    STE,
-    FP_Conv,
-    FP_Linear,
-    LearnedStep,
-    TernaryLevels,
-    check_n_bits,
-    code_range,
-    fit_levels,
-    fit_step,
+    STE, FP_Conv, FP_Linear, Learned, LearnedStep, MinMax, check_n_bits, code_range, fit_step,
 )
 
 BITS = range(1, 17)
@@ -205,8 +200,10 @@ def test_integer_weights_are_refused():
         lambda *bad: STE.apply(torch.ones(2), *bad),
         lambda n, s: FP_Linear(2, 2, Nbits=n, symmetric=s),
         lambda n, s: FP_Conv(2, 2, 1, Nbits=n, symmetric=s),
+        MinMax,
+        Learned,
     ],
-    ids=["STE", "FP_Linear", "FP_Conv"],
+    ids=["STE", "FP_Linear", "FP_Conv", "MinMax", "Learned"],
 )
 @pytest.mark.parametrize(
     "bit, symmetric, error",
@@ -335,38 +332,11 @@ def test_fitting_recovers_a_grid_exactly_and_survives_zeros():
     assert torch.allclose(fit_step(codes * 0.37, -1, 1), torch.tensor([[0.37], [1.0]]))
 
 
-# ---------------------------------------------------------------- trained ternary levels
-
-
-LEVELS = torch.tensor([0.3, 0.7])  # for negative and positive weights
-
-
-def test_ternary_levels_on_a_worked_example():
-    w = torch.tensor([-2.0, -0.11, -0.1, 0.0, 0.05, 0.1, 0.5])  # up to 0.05 * 2 counts as zero
-    assert TernaryLevels.apply(w, LEVELS).tolist() == pytest.approx([-0.3, -0.3, 0, 0, 0, 0, 0.7])
-
-
-def test_gradients_of_ternary_levels_are_those_of_the_chosen_levels():
-    w, levels = pruned_weights(0, (6, 4, 3, 3)).requires_grad_(), LEVELS.clone().requires_grad_()
-    large = w.detach().abs() > 0.05 * w.detach().abs().max()
-    composed = torch.where(
-        large & (w > 0), levels[1], torch.where(large & (w < 0), -levels[0], 0.0)
-    )
-    upstream = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
-    expected, = torch.autograd.grad(composed, levels, upstream)
-    found = torch.autograd.grad(TernaryLevels.apply(w, levels), (w, levels), upstream)
-    assert torch.equal(found[0], upstream)
-    torch.testing.assert_close(found[1], expected / w.numel() ** 0.5)
-
-
-def test_fitted_levels_recover_a_ternary_tensor_and_survive_zeros():
-    ternary = torch.tensor([[-0.3, 0.0, 0.7], [0.7, 0.7, -0.3]])
-    torch.testing.assert_close(fit_levels(ternary), LEVELS)
-    torch.testing.assert_close(TernaryLevels.apply(ternary, fit_levels(ternary)), ternary)
-    assert fit_levels(torch.zeros(3)).tolist() == [1, 1]
-
-
 # ---------------------------------------------------------------- layers
+
+
+def layer_name(inner):
+    return "conv" if isinstance(inner, nn.Conv2d) else "linear"
 
 
 def conv_case(**fixed_point):
@@ -400,62 +370,185 @@ def test_without_bits_a_layer_is_the_plain_one(case):
 @both_layers
 @pytest.mark.parametrize("bit, symmetric", [(2, False), (2, True), (4, False)])
 def test_a_layer_with_a_learned_step_starts_from_the_fitted_one_and_trains_it(case, bit, symmetric):
-    layer, inner, _, x = case(Nbits=bit, symmetric=symmetric, quantizer="learned")
-    assert dict(layer.named_parameters())["step"].shape == (
-        len(inner.weight),
-        *[1] * (inner.weight.dim() - 1),
-    )
-    assert torch.equal(layer.step, fit_step(inner.weight, *code_range(bit, symmetric)))
-    expected = LearnedStep.apply(inner.weight, layer.step, *code_range(bit, symmetric))
+    layer, inner, _, x = case(Nbits=bit, symmetric=symmetric, quantizer=Learned)
+    step = dict(layer.named_parameters())["quantizer.step"]
+    assert step is layer.quantizer.step
+    assert step.shape == (len(inner.weight), *[1] * (inner.weight.dim() - 1))
+    assert torch.equal(step, fit_step(inner.weight, *code_range(bit, symmetric)))
+    expected = LearnedStep.apply(inner.weight, step, *code_range(bit, symmetric))
     assert torch.equal(layer.quantized_weight(), expected)
     layer(x).square().sum().backward()
-    assert layer.step.grad.any() and inner.weight.grad.any()
+    assert step.grad.any() and inner.weight.grad.any()
 
 
 @both_layers
 def test_a_step_that_training_made_negative_still_works_by_its_size(case):
-    layer, _, _, x = case(Nbits=3, quantizer="learned")
+    layer, _, _, x = case(Nbits=3, quantizer=Learned)
     expected = layer(x)
-    layer.step.data.neg_()
+    layer.quantizer.step.data.neg_()
     assert torch.equal(layer(x), expected)
 
 
 @both_layers
-def test_a_layer_with_ternary_levels_starts_from_fitted_ones_and_trains_them(case):
-    layer, inner, _, x = case(Nbits=2, quantizer="ternary")
-    assert torch.equal(layer.levels, fit_levels(inner.weight))
-    assert torch.equal(layer.quantized_weight(), TernaryLevels.apply(inner.weight, layer.levels))
-    layer(x).square().sum().backward()
-    assert layer.levels.grad.any() and inner.weight.grad.any()
-    expected = layer(x)
-    layer.levels.data.neg_()  # training cannot flip them
-    assert torch.equal(layer(x), expected)
-    layer.reset_step()
-    assert torch.equal(layer.levels, fit_levels(inner.weight))
+def test_a_step_that_training_made_zero_still_yields_finite_weights(case):
+    layer, _, _, x = case(Nbits=3, quantizer=Learned)
+    layer.quantizer.step.data.zero_()
+    assert (layer.quantizer.positive_step() == torch.finfo(torch.float32).tiny).all()
+    assert torch.isfinite(layer(x)).all()
 
 
 @both_layers
-def test_resetting_fits_the_step_to_the_weight_as_it_is(case):
-    layer, inner, _, _ = case(Nbits=3, quantizer="learned")
-    before, parameter = layer.step.detach().clone(), layer.step
+def test_fitting_again_fits_the_step_to_the_weight_as_it_is(case):
+    layer, inner, _, _ = case(Nbits=3, quantizer=Learned)
+    before, parameter = layer.quantizer.step.detach().clone(), layer.quantizer.step
     inner.weight.data *= 2
-    layer.reset_step()
-    assert layer.step is parameter  # an optimizer that holds it still does
-    torch.testing.assert_close(layer.step.detach(), 2 * before)
+    layer.fit_quantizer()
+    assert layer.quantizer.step is parameter  # an optimizer that holds it still does
+    torch.testing.assert_close(layer.quantizer.step.detach(), 2 * before)
 
 
 @both_layers
-def test_without_bits_a_quantizer_has_no_step(case):
-    layer, *_ = case(quantizer="learned")
-    assert "step" not in layer.state_dict()
+@pytest.mark.parametrize("bit, quantizer", [(None, Learned), (None, MinMax), (3, MinMax)])
+def test_fitting_where_nothing_is_learned_changes_nothing(case, bit, quantizer):
+    layer, _, _, x = case(Nbits=bit, quantizer=quantizer)
+    expected, before = layer(x), {k: t.clone() for k, t in layer.state_dict().items()}
+    layer.fit_quantizer()
+    assert torch.equal(layer(x), expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
 @both_layers
-def test_another_quantizer_is_refused(case):
-    with pytest.raises(
-        ValueError, match="quantizer must be one of minmax, learned, ternary, got 'log'"
-    ):
-        case(Nbits=3, quantizer="log")
+@pytest.mark.parametrize("options", [dict(quantizer=Learned), dict(Nbits=3)], ids=str)
+def test_only_a_learned_step_is_in_the_state(case, options):
+    layer, *_ = case(**options)
+    assert not any("quantizer" in name for name in layer.state_dict())
+
+
+@both_layers
+@pytest.mark.parametrize("bad", ["learned", "minmax", None, 3])
+@pytest.mark.parametrize("bit", [None, 3])
+def test_a_quantizer_that_is_no_class_is_refused(case, bad, bit):
+    with pytest.raises(TypeError, match="quantizer must be MinMax, Learned or another class, got "
+                       + repr(bad)):
+        case(Nbits=bit, quantizer=bad)
+
+
+@both_layers
+@pytest.mark.parametrize("quantizer", [MinMax, Learned])
+def test_without_bits_no_quantizer_is_called(case, quantizer, monkeypatch):
+    def called(*_):
+        raise AssertionError("a quantizer was called")
+
+    layer, inner, _, x = case(quantizer=quantizer)
+    monkeypatch.setattr(STE, "apply", called)
+    monkeypatch.setattr(LearnedStep, "apply", called)
+    assert layer.Nbits is None and layer.quantizer is None
+    assert layer.quantized_weight() is inner.weight and layer.weight is inner.weight
+    assert torch.isfinite(layer(x)).all()
+    layer.Nbits = 4
+    with pytest.raises(AssertionError):  # so the line before could have failed
+        layer(x)
+
+
+# ---------------------------------------------------------------- Nbits set later, copies, states
+
+
+@both_layers
+@pytest.mark.parametrize("before", [None, 2, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_bits_set_later_are_as_good_as_bits_at_construction(case, before, symmetric):
+    for quantizer, after in ((MinMax, (None, 0, 3, 8)), (Learned, (None, 3, 8))):
+        for bit in after:
+            layer, inner, _, x = case(Nbits=before, symmetric=symmetric, quantizer=quantizer)
+            inner.weight.data *= 1.5  # what is learned is fitted to the weight as it is
+            layer.Nbits = bit
+            anew, other, *_ = case(Nbits=None, symmetric=symmetric, quantizer=quantizer)
+            other.load_state_dict(inner.state_dict())
+            anew.Nbits = bit
+            assert layer.Nbits == bit
+            assert layer.state_dict().keys() == anew.state_dict().keys()
+            assert torch.equal(layer(x), anew(x))
+
+
+@both_layers
+@pytest.mark.parametrize("bit, symmetric", [(2, True), (4, False), (np.int64(8), True)])
+def test_bits_set_on_a_learned_layer_give_a_fitted_quantizer_of_that_width(case, bit, symmetric):
+    layer, inner, _, x = case(Nbits=3, symmetric=symmetric, quantizer=Learned)
+    layer.Nbits = bit
+    limits = code_range(bit, symmetric)
+    assert type(layer.quantizer) is Learned and type(layer.Nbits) is int and layer.Nbits == bit
+    assert layer.quantizer.symmetric is symmetric and layer.quantizer.limits == limits
+    assert torch.equal(layer.quantizer.step, fit_step(inner.weight, *limits))
+    expected = LearnedStep.apply(inner.weight, fit_step(inner.weight, *limits), *limits)
+    assert torch.equal(layer.quantized_weight(), expected)
+    layer(x).square().sum().backward()
+    assert layer.quantizer.step.grad.any()
+
+
+@both_layers
+@pytest.mark.parametrize("quantizer, symmetric, bad, error", [
+    (Learned, False, 0, ValueError), (Learned, False, 1, ValueError),
+    (Learned, True, 1, ValueError), (Learned, False, 17, ValueError),
+    (Learned, False, "4", TypeError), (MinMax, False, -1, ValueError),
+    (MinMax, True, 1, ValueError), (MinMax, False, 4.0, TypeError),
+])
+@pytest.mark.parametrize("before", [None, 3])
+def test_bits_that_are_refused_leave_the_layer_as_it_was(
+    case, before, quantizer, symmetric, bad, error
+):
+    layer, _, _, x = case(Nbits=before, symmetric=symmetric, quantizer=quantizer)
+    kept, expected = layer.quantizer, layer(x)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(error, match="Nbits must be") as caught:
+        layer.Nbits = bad
+    assert str(bad) in str(caught.value)
+    assert layer.quantizer is kept and layer.Nbits == before
+    assert torch.equal(layer(x), expected) and layer.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+
+
+@both_layers
+def test_a_deep_copy_of_a_learned_layer_is_equal_and_its_own(case):
+    layer, inner, _, x = case(Nbits=3, symmetric=True, quantizer=Learned)
+    layer.quantizer.step.data *= 1.1  # no longer the fitted one
+    twin, expected = copy.deepcopy(layer), layer(x)
+    assert torch.equal(twin(x), expected) and twin.quantizer.limits == (-3, 3)
+    twin.quantizer.step.data *= 2
+    twin.weight.data.zero_()
+    assert torch.equal(layer(x), expected)
+    twin.Nbits = 2
+    assert layer.Nbits == 3 and type(twin.quantizer) is Learned and twin.quantizer.symmetric
+
+
+@both_layers
+def test_the_state_of_a_learned_layer_goes_there_and_back(case):
+    layer, inner, _, x = case(Nbits=3, quantizer=Learned)
+    layer.quantizer.step.data *= 1.1
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other, *_ = case(Nbits=3, quantizer=Learned)
+    other.weight.data.neg_()
+    assert not torch.equal(other(x), layer(x))
+    state = torch.load(buffer, weights_only=True)
+    assert state.keys() == {f"{layer_name(inner)}.weight", f"{layer_name(inner)}.bias",
+                            "quantizer.step"}
+    other.load_state_dict(state)  # strict
+    assert torch.equal(other(x), layer(x))
+    with pytest.raises(RuntimeError, match="quantizer.step"):  # no step, no other shape, no extra
+        other.load_state_dict({k: v for k, v in state.items() if k != "quantizer.step"})
+    with pytest.raises(RuntimeError, match="quantizer.step"):
+        case()[0].load_state_dict(state)
+
+
+@pytest.mark.parametrize("quantizer, text", [(MinMax, "MinMax"), (Learned, "Learned")])
+def test_a_layer_shows_how_it_quantizes(quantizer, text):
+    shown = repr(FP_Conv(3, 5, 3, Nbits=4, symmetric=True, quantizer=quantizer))
+    assert f"Nbits=4, symmetric=True, quantizer={text}" in shown
+    assert ("Learned(Nbits=4, symmetric=True)" in shown) == (quantizer is Learned)
+
+
+# ---------------------------------------------------------------- what layers compute
 
 
 @both_layers

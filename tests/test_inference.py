@@ -8,20 +8,23 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
+import FP_layers
 import train_utils
-from cifar10 import normalize
-from FP_layers import STE, FP_Conv
-from training.inference import fingerprint, for_evaluation
-from resnet20 import ResNetCIFAR
+from conftest import same, state_of
+from FP_layers import STE, FP_Conv, FP_Linear, Learned
+from resnet20 import ResNet_Block, ResNetCIFAR
 from train_utils import evaluate, load_weights, save_weights
+from training.batches import normalize
+from training.inference import fingerprint, for_evaluation, is_plain
 
 QUANTIZERS = [
     dict(),
     dict(Nbits=4),
     dict(Nbits=2),
     dict(Nbits=3, symmetric=True),
-    dict(Nbits=2, quantizer="learned"),
+    dict(Nbits=2, quantizer=Learned),
     dict(Nbits=0),
 ]
 
@@ -45,10 +48,6 @@ def lively(**arguments):
     return net.eval()
 
 
-def state_of(net):
-    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
-
-
 @pytest.fixture
 def x(small_cifar):
     return normalize(small_cifar.test_images[:64])
@@ -64,7 +63,7 @@ def test_logits_are_those_of_the_net(arguments, x):
     before = state_of(net)
     expected = net(x)
     torch.testing.assert_close(for_evaluation(net)(x), expected, rtol=1e-4, atol=1e-4)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert same(net.state_dict(), before)
     assert torch.equal(net(x), expected)
 
 
@@ -124,18 +123,59 @@ def test_a_net_that_was_tampered_with_computes_what_it_computes(change, x):
 
 
 @torch.no_grad()
-def test_a_missing_child_stays_missing(x):
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Sequential(FP_Conv(3, 4, 3), nn.BatchNorm2d(4))
-            self.register_module("shortcut", None)
+def test_a_missing_child_stays_missing():
+    block = ResNet_Block(3, 4, 1).eval()
+    block.register_module("spare", None)
+    x = torch.randn(2, 3, 8, 8)
+    twin = for_evaluation(block)
+    assert twin is not block and twin.spare is None
+    torch.testing.assert_close(twin(x), block(x), rtol=1e-4, atol=1e-4)
 
-        def forward(self, x):
-            return self.body(x) if self.shortcut is None else None
 
-    block = Block().eval()
-    torch.testing.assert_close(for_evaluation(block)(x), block(x), rtol=1e-4, atol=1e-4)
+# ---------------------------------------------------------------- what the twin is made of
+
+
+@pytest.mark.parametrize("arguments", QUANTIZERS, ids=str)
+def test_a_twin_has_plain_layers_and_no_tensor_but_parameters_and_buffers(arguments):
+    net = lively(**arguments)
+    twin = for_evaluation(net)
+    for module in twin.modules():
+        assert not isinstance(module, (FP_Conv, FP_Linear))
+        assert all(isinstance(p, nn.Parameter) for p in module._parameters.values()
+                   if p is not None)
+        assert not [name for name, value in vars(module).items() if torch.is_tensor(value)]
+    named = dict(twin.named_parameters())
+    assert not any(name.endswith("step") for name in named)
+    assert {name for name in named if name.startswith("final_fc")} == {"final_fc.weight",
+                                                                       "final_fc.bias"}
+
+
+@pytest.mark.parametrize("arguments", [dict(), dict(Nbits=2, quantizer=Learned)], ids=str)
+def test_a_twin_can_be_exported(arguments, x):
+    net = lively(**arguments)
+    with torch.no_grad():
+        exported = torch.export.export(for_evaluation(net), (x,)).module()
+        torch.testing.assert_close(exported(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_float_layer_never_calls_a_quantizer(monkeypatch, x):
+    """Nbits=None is exactly the layer of torch.nn, trained or evaluated."""
+    class Refused:
+        @staticmethod
+        def apply(*arguments):
+            raise AssertionError("STE was called")
+
+    monkeypatch.setattr(FP_layers, "STE", Refused)
+    net = lively()
+    plain = net.head_conv[0].conv
+    assert torch.equal(net.head_conv[0](x), plain(x))
+    features = torch.randn(5, 64)
+    assert torch.equal(net.final_fc(features), net.final_fc.linear(features))
+    net.train()(x).sum().backward()
+    for_evaluation(net.eval())
+    net.body_op[0].conv1[0].Nbits = 4
+    with pytest.raises(AssertionError, match="STE was called"):
+        net(x)
 
 
 # ---------------------------------------------------------------- evaluate, against a plain loop
@@ -144,8 +184,9 @@ def test_a_missing_child_stays_missing(x):
 def plainly(net, data):
     """Loss and accuracy by the definition, in one batch and in double precision after the logits.
     """
+    forward = copy.deepcopy(net).eval() if net.training else net
     with torch.no_grad():
-        logits = copy.deepcopy(net).eval()(normalize(data.test_images)).double()
+        logits = forward(normalize(data.test_images)).double()
     loss = nn.functional.cross_entropy(logits, data.test_labels).item()
     return loss, (logits.argmax(1) == data.test_labels).double().mean().item()
 
@@ -204,6 +245,104 @@ def test_each_module_keeps_its_mode(small_cifar):
     assert (
         [module.training for module in net.modules()] == modes and True in modes and False in modes
     )
+
+
+# ---------------------------------------------------------------- a net that may compute anything
+
+
+def plain_net():
+    """A net of torch's own layers, as a reader may write one."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
+                         nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(16, 10)).eval()
+
+
+def pruned(net, layers):
+    prune.global_unstructured([(layer, "weight") for layer in layers],
+                              pruning_method=prune.L1Unstructured, amount=0.7)
+
+
+def old_weight_norm(net, layers):
+    for layer in layers:
+        torch.nn.utils.weight_norm(layer)
+        layer.weight_g.data.mul_(1.5)  # which the layer's weight follows in its next forward pass
+
+
+def weight_norm(net, layers):
+    for layer in layers:
+        parametrizations.weight_norm(layer)
+        layer.parametrizations.weight.original0.data.mul_(1.5)
+
+
+def spectral_norm(net, layers):
+    for layer in layers:
+        parametrizations.spectral_norm(layer)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("make", [lambda: lively(), lambda: lively(Nbits=4), plain_net],
+                         ids=["ResNet", "4-bit ResNet", "plain"])
+@pytest.mark.parametrize("change", [pruned, old_weight_norm, weight_norm, spectral_norm])
+def test_computed_weights_are_tested_as_they_compute(evaluations, capsys, change, make):
+    net = make()
+    change(net, [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))])
+    data = train_utils.get_data("cpu")
+    loss, accuracy = plainly(net, data)
+    assert not is_plain(net) and for_evaluation(net) is net
+    assert (loss, accuracy) != pytest.approx(plainly(make(), data), rel=1e-3)
+    assert train_utils.test(net) == pytest.approx(accuracy)
+    assert capsys.readouterr().out == f"Test Loss={loss:.4f}, Test accuracy={accuracy:.4f}\n"
+
+
+class Remembering(ResNetCIFAR):
+    """Keeps what its reader wants to look at, as a notebook's class may."""
+
+    passes = 0
+
+    def forward(self, x):
+        self.features = self.avg_pool(self.body_op(self.head_conv(x))).flatten(1)
+        self.passes += 1
+        return self.final_fc(self.features)
+
+
+def test_what_a_forward_stores_in_a_test_is_there_afterwards(evaluations):
+    net = Remembering(num_layers=8)
+    train_utils.test(net)
+    last = train_utils.get_data("cpu").test_images[-len(net.features):]
+    assert net.passes == 4  # 200 images in batches of 50
+    with torch.no_grad():
+        expected = net.avg_pool(net.body_op(net.head_conv(normalize(last)))).flatten(1)
+    torch.testing.assert_close(net.features, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_hook_stores_in_a_test_is_there_afterwards(evaluations):
+    net, seen = lively(Nbits=4), []
+
+    def hook(module, inputs, output):
+        module.seen = getattr(module, "seen", 0) + len(output)
+        net.activations = output
+        seen.append(module)
+
+    for module in (net, net.body_op[3].conv2[0], net.head_conv[1]):
+        module.register_forward_hook(hook)
+    train_utils.test(net)
+    assert [module.seen for module in (net, net.body_op[3].conv2[0], net.head_conv[1])] == [200] * 3
+    assert seen.count(net) == 4 and net.activations.shape == (50, 10)
+
+
+def test_a_hook_on_all_modules_is_heard(evaluations):
+    net, seen = lively(), []
+    x = normalize(train_utils.get_data("cpu").test_images[:50])
+    handle = nn.modules.module.register_module_forward_hook(lambda *arguments: seen.append(1))
+    try:
+        net(x)
+        once = len(seen)
+        train_utils.test(net)
+        assert once > 50 and len(seen) == once + 4 * once and not is_plain(net)
+    finally:
+        handle.remove()
+    assert is_plain(net)
 
 
 # ---------------------------------------------------------------- each net is tested once

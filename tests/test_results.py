@@ -1,46 +1,58 @@
-"""What is shipped belongs together: records, weights, experiments.py and the README's table."""
+"""What is shipped belongs together: records, weights, runs as defined and the README's table."""
 
 import math
 import os
 import shutil
 import statistics
+from collections import Counter
 
 import pytest
 
-import experiments
 from experiments import results
+from experiments.records import (
+    RETRAINED, ROOT, SHIPPED, read_record, record_path, weights_path,
+)
+from experiments.runs import REFERENCE, RUNS, get
 
-SHIPPED = sorted(path.stem for path in experiments.SHIPPED.glob("*.json"))
+NAMES = sorted(path.stem for path in SHIPPED.rglob("*.json"))
 
 
 def test_the_float_model_is_shipped_and_beats_the_reference():
-    assert experiments.read_record("pretrain")["test_accuracy"] >= experiments.REFERENCE["pretrain"]
+    assert read_record("pretrain")["test_accuracy"] >= REFERENCE["pretrain"]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+def test_every_run_that_has_a_reference_is_shipped():
+    assert REFERENCE.keys() <= {*NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_shipped_run_belongs_to_its_definition_and_is_complete(name):
-    record = experiments.read_record(name)  # raises if the config or the weights' SHA-256 differ
+    record = read_record(name)  # raises if the config or the weights' SHA-256 differ
     assert [entry["epoch"] for entry in record["history"]] == list(
-        range(1, record["config"]["epochs"] + 1)
+        range(1, record["config"]["recipe"]["epochs"] + 1)
     )
     kept = record[record["config"]["keep"]]
     assert record["test_accuracy"] == pytest.approx(kept["test_accuracy"], abs=5e-4)
+    assert record["execution"].keys() == {"bf16", "compile"}
+    assert all(type(value) is bool for value in record["execution"].values())
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if experiments.get(name).start_from])
-def test_shipped_run_started_from_the_weights_that_are_shipped(name):
-    record = experiments.read_record(name)
-    assert (
-        record["start_from_sha256"]
-        == experiments.read_record(experiments.get(name).start_from)["weights_sha256"]
-    )
+@pytest.mark.parametrize("field", ["start_from", "teacher"])
+@pytest.mark.parametrize("name", [name for name in NAMES if get(name).start_from])
+def test_shipped_run_started_from_and_learned_from_what_is_shipped(name, field):
+    record, parent = read_record(name), getattr(get(name), field)
+    expected = None if parent is None else read_record(parent)["weights_sha256"]
+    assert record[f"{field}_sha256"] == expected
 
 
-@pytest.mark.parametrize(
-    "path", sorted(experiments.SHIPPED.glob("*.pt")), ids=lambda path: path.name
-)
-def test_no_checkpoint_without_a_record(path):
-    assert path.stem in SHIPPED or path.name.endswith(".resume.pt")
+def test_every_shipped_file_lies_where_it_is_looked_for():
+    for folder in (SHIPPED, SHIPPED / "ablation"):
+        for path in folder.glob("*.json"):
+            assert path == record_path(path.stem) and path.stem in NAMES
+        for path in folder.glob("*.pt"):
+            if not path.name.endswith(".resume.pt"):
+                assert path == weights_path(path.stem) and path.stem in NAMES
+    assert set(Counter(NAMES).values()) == {1}
 
 
 def seed_deviation(name):
@@ -54,47 +66,68 @@ def seed_deviation(name):
     return statistics.stdev(recorded) if len(recorded) >= 3 else assumed
 
 
-@pytest.mark.parametrize("name", experiments.REFERENCE)
+@pytest.mark.parametrize("name", REFERENCE)
 def test_retrained_run_agrees_with_the_shipped_one(name):
     """Two runs with other seeds differ with sqrt(2) times a run's deviation; three of those are
     allowed.
     """
-    retrained = experiments.read_record(name, experiments.RETRAINED)
+    retrained = read_record(name, RETRAINED)
     if retrained is None:
         assert os.environ.get("RETRAIN", "0") in ("", "0"), f"{name} was not retrained"
         pytest.skip("not retrained here")
-    shipped = experiments.read_record(name)
-    if shipped is None:
-        pytest.skip("not shipped yet")
     allowed = 3 * math.sqrt(2) * seed_deviation(name)
     assert retrained["last"]["test_accuracy"] == pytest.approx(
-        shipped["last"]["test_accuracy"], abs=allowed
+        read_record(name)["last"]["test_accuracy"], abs=allowed
     )
+
+
+# ---------------------------------------------------------------- what is made of the records
 
 
 def test_readme_shows_what_the_records_say(tmp_path):
     copy = tmp_path / "README.md"
-    shutil.copy(experiments.ROOT / "README.md", copy)
+    shutil.copy(ROOT / "README.md", copy)
     results.write(copy)
-    assert copy.read_text() == (experiments.ROOT / "README.md").read_text()
+    assert copy.read_text() == (ROOT / "README.md").read_text()
+
+
+def with_accuracies(monkeypatch, values):
+    """Have the records of the runs in `values`, and no others, hold these accuracies (best, last).
+    """
+    def read_record(name, folder=None):
+        if name not in values:
+            return None
+        best, last = values[name]
+        return {"best": {"test_accuracy": best}, "last": {"test_accuracy": last}}
+
+    monkeypatch.setattr(results, "read_record", read_record)
 
 
 def test_seeds_are_averaged(monkeypatch, tmp_path):
     values = {"lab3c_3bit": 0.90, "lab3c_3bit@1": 0.91, "lab3c_3bit@10": 0.92}
     for name in values:
         (tmp_path / f"{name}.json").touch()
-    monkeypatch.setattr(
-        results, "read_record", lambda name, folder: {"last": {"test_accuracy": values[name]}}
-    )
+    with_accuracies(monkeypatch, {name: (None, value) for name, value in values.items()})
     found = results.accuracies("lab3c_3bit", "last", tmp_path)
     assert found == [0.90, 0.91, 0.92]
     assert results.shown(found) == "91.00 ± 1.00 (3 seeds)"
     assert results.shown(found[:1]) == "90.00" and results.shown([]) == results.NOT_YET
 
 
+def test_a_row_has_best_and_last_and_what_the_improved_run_reached(monkeypatch):
+    with_accuracies(monkeypatch, {"lab2e_global": (0.91, 0.905), "pretrain": (0.93, 0.92),
+                                  "lab2e_global_improved": (0.94, 0.935)})
+    questions = [get(name).question for name in ("lab2e_global", "pretrain", "lab3c_4bit")]
+    assert results.rows(("lab2e_global", "pretrain", "lab3c_4bit")) == [
+        [questions[0], "89.84", "91.00", "90.50", "93.50"],
+        [questions[1], "91.51", "", "92.00", ""],  # its epoch is not chosen on the test set
+        [questions[2], "91.48", results.NOT_YET, "", results.NOT_YET],
+    ]
+
+
 def test_every_goal_is_measured_against_its_record():
     for name, goal, ours, gap in results.goal_rows():
-        record = experiments.read_record(name)
+        record = read_record(name)
         if record is None:
             assert (ours, gap) == (results.NOT_YET, "")
         elif "(" not in ours:
@@ -103,9 +136,31 @@ def test_every_goal_is_measured_against_its_record():
             assert float(gap) == pytest.approx(float(ours) - float(goal), abs=0.006)
 
 
-def test_results_section_must_be_there(tmp_path):
+def test_every_goal_has_its_run():
+    rows = results.goal_rows()
+    assert len(rows) == sum(goal is not None for both in results.GOALS.values() for goal in both)
+    assert {row[0] for row in rows} <= RUNS.keys() and results.GOALS.keys() == REFERENCE.keys()
+
+
+def test_results_section_must_be_there(tmp_path, capsys):
     other = tmp_path / "other.md"
     other.write_text("no table here")
     with pytest.raises(ValueError, match="must hold the lines"):
         results.write(other)
+    assert results.main(["--write", str(other)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {other} must hold the lines")
     assert other.read_text() == "no table here"
+
+
+def test_the_command_prints_both_tables_or_writes_the_first(monkeypatch, tmp_path, capsys):
+    with_accuracies(monkeypatch, {"lab2e_global": (0.91, 0.905)})
+    assert results.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "91.00" in printed and "lab2e_global_improved" in printed and "-1.20" in printed
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{results._BEGIN}\nold\n{results._END}\nafter\n")
+    assert results.main(["--write", str(readme)]) == 0
+    lines = readme.read_text().splitlines()
+    assert lines[:2] == ["before", results._BEGIN] and lines[-2:] == [results._END, "after"]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    assert cells[0] == results.HEADER and cells[2:] == results.rows()

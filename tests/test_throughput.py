@@ -5,6 +5,7 @@ seconds with --quick.
 import copy
 import itertools
 import json
+import multiprocessing
 import os
 from types import SimpleNamespace
 
@@ -15,20 +16,14 @@ from torch import nn
 from torch.utils.data import RandomSampler
 from torchvision import transforms
 
-from benchmarks import throughput
+from benchmarks import assigned, throughput, timing
 from conftest import REPOSITORY
-from resnet20 import ResNetCIFAR
 from train_utils import train_epoch
-
-
-@pytest.fixture
-def net():
-    torch.manual_seed(0)
-    return ResNetCIFAR(num_layers=8)
+from training.execution import Execution
 
 
 def test_the_assigned_loader_is_the_assigned_one(small_cifar):
-    loader = throughput.assigned_loader(
+    loader = assigned.assigned_loader(
         small_cifar.train_images, small_cifar.train_labels, 100, 2, train=True
     )
     crop, flip, to_tensor, normalize = loader.dataset.transform.transforms
@@ -44,7 +39,7 @@ def test_the_assigned_loader_is_the_assigned_one(small_cifar):
 
 
 def test_the_assigned_test_loader_yields_the_test_set_in_order(small_cifar):
-    loader = throughput.assigned_loader(
+    loader = assigned.assigned_loader(
         small_cifar.test_images, small_cifar.test_labels, 64, 0, train=False
     )
     xs, ys = zip(*loader)
@@ -60,15 +55,13 @@ def test_the_assigned_test_loader_yields_the_test_set_in_order(small_cifar):
 
 def test_the_assigned_net_is_ours_with_plain_activations():
     torch.manual_seed(0)
-    assigned = throughput.Pipeline(
-        "assigned", SimpleNamespace(train_images=torch.zeros(1)), 1, 0
-    ).net
-    ours = throughput.Pipeline("eager", SimpleNamespace(train_images=torch.zeros(1)), 1, 0).net
+    data = SimpleNamespace(train_images=torch.zeros(1))
+    theirs, ours = (timing.Pipeline(way, data, 1, 0).net for way in (None, Execution()))
     inplace = [
-        [m.inplace for m in net.modules() if isinstance(m, nn.ReLU)] for net in (assigned, ours)
+        [m.inplace for m in net.modules() if isinstance(m, nn.ReLU)] for net in (theirs, ours)
     ]
     assert inplace == [[False] * 19, [True] * 19]
-    for (name, a), (other, b) in zip(assigned.state_dict().items(), ours.state_dict().items()):
+    for (name, a), (other, b) in zip(theirs.state_dict().items(), ours.state_dict().items()):
         assert name == other and torch.equal(a, b)
 
 
@@ -76,21 +69,31 @@ def test_the_assigned_process_has_none_of_our_allocator_settings(monkeypatch, sm
     settings = (
         (REPOSITORY / "Makefile").read_text().partition("ALLOCATOR := ")[2].splitlines()[0].split()
     )
-    assert tuple(setting.partition("=")[0] for setting in settings) == throughput.ALLOCATOR
+    assert tuple(setting.partition("=")[0] for setting in settings) == timing.ALLOCATOR
     for setting in settings:
         monkeypatch.setenv(*setting.split("=", 1))
-    with throughput.AssignedProcess(small_cifar, workers=0) as process:
-        there = [process.pool.submit(os.getenv, name).result() for name in throughput.ALLOCATOR]
-        assert there == [None] * 4 and all(name in os.environ for name in throughput.ALLOCATOR)
+    with timing.AssignedProcess(small_cifar, workers=0) as process:
+        there = [process.pool.submit(os.getenv, name).result() for name in timing.ALLOCATOR]
+        assert there == [None] * 4 and all(name in os.environ for name in timing.ALLOCATOR)
         with pytest.raises(ValueError, match="steps must be at most"):
             process.train(16, 10**6, 0)
         parts = process.train(16, 1, 0, split=True)
-        assert set(parts) == {*throughput.Clock.PARTS, "rest"}
+        assert set(parts) == {*timing.Clock.PARTS, "rest"}
+
+
+def start_method():
+    return multiprocessing.get_start_method()
+
+
+def test_the_assigned_workers_start_as_in_a_process_of_the_readers_own(small_cifar):
+    """Else each assigned epoch and evaluation would wait for them to import PyTorch anew."""
+    with timing.AssignedProcess(small_cifar, workers=1) as process:
+        assert process.pool.submit(start_method).result() == multiprocessing.get_start_method()
 
 
 def test_both_pipelines_train_the_same_net(net, small_cifar):
     """On the same batches they are the same computation, so that only speed is compared."""
-    loader = throughput.assigned_loader(
+    loader = assigned.assigned_loader(
         small_cifar.test_images, small_cifar.test_labels, 50, 0, train=False
     )
     other = copy.deepcopy(net)
@@ -98,9 +101,9 @@ def test_both_pipelines_train_the_same_net(net, small_cifar):
     def sgd(net):
         return torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
 
-    assigned = throughput.assigned_epoch(net, loader, sgd(net), nn.CrossEntropyLoss())
-    ours = train_epoch(other, loader, sgd(other), nn.CrossEntropyLoss(), hold_zeros=False)
-    assert assigned == pytest.approx(ours, rel=1e-4)
+    theirs = assigned.assigned_epoch(net, loader, sgd(net), nn.CrossEntropyLoss())
+    ours = train_epoch(other, loader, sgd(other), nn.CrossEntropyLoss())
+    assert theirs == pytest.approx(ours, rel=1e-4)
     for a, b in zip(net.parameters(), other.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -110,36 +113,36 @@ def test_the_clock_starts_after_the_warm_up_and_the_parts_fill_it(monkeypatch, s
     it has.
     """
     clock = itertools.count()
-    monkeypatch.setattr(throughput, "now", lambda device: float(next(clock)))
-    pipeline = throughput.Pipeline("eager", small_cifar, 16, workers=0)
+    monkeypatch.setattr(timing, "now", lambda device: float(next(clock)))
+    pipeline = timing.Pipeline(Execution(), small_cifar, 16, workers=0)
     assert pipeline.train(steps=5, warmup=3) == 1  # looked at twice, whatever the number of steps
     parts = pipeline.train(steps=5, warmup=3, split=True)
-    assert [parts[name] for name in throughput.Clock.PARTS] == [5, 5, 5, 5]
+    assert [parts[name] for name in timing.Clock.PARTS] == [5, 5, 5, 5]
     assert parts["rest"] > 0 and not pipeline.optimizer._optimizer_step_pre_hooks
     order = []
-    batches = throughput.Clock("cpu", None, 1, split=False).batches(map(order.append, range(3)))
-    monkeypatch.setattr(throughput, "now", lambda device: order.append("start"))
+    batches = timing.Clock("cpu", None, 1, split=False).batches(map(order.append, range(3)))
+    monkeypatch.setattr(timing, "now", lambda device: order.append("start"))
     assert len(list(batches)) == 3 and order == [0, "start", 1, 2]  # a batch's own time is timed
 
 
 def test_ratios_are_of_pairs_of_a_round():
-    rows = throughput.compared({"assigned": [4.0, 2.0, 8.0], "ours": [1.0, 1.0, 4.0]}, images=100)
+    rows = timing.compared({"assigned": [4.0, 2.0, 8.0], "ours": [1.0, 1.0, 4.0]}, images=100)
     assert rows["ours"]["ratio"] == {"median": 2.0, "min": 2.0, "max": 4.0}
     assert rows["ours"]["images_per_second"] == {"median": 100.0, "min": 25.0, "max": 100.0}
     assert rows["assigned"]["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
 
 
 def test_too_many_images_are_refused(small_cifar):
-    pipeline = throughput.Pipeline("assigned", small_cifar, 64, workers=0)
+    pipeline = timing.Pipeline(None, small_cifar, 64, workers=0)
     with pytest.raises(ValueError, match="steps must be at most 3, got 4"):
         pipeline.train(steps=4, warmup=1)
 
 
 def test_two_evaluations_that_disagree_are_an_error(monkeypatch, small_cifar):
     monkeypatch.setattr(throughput.train_utils, "evaluate", lambda net, data: (1.0, 0.5))
-    assigned = SimpleNamespace(evaluate=lambda: (0.6, 1.0))
+    process = SimpleNamespace(evaluate=lambda: (0.6, 1.0))
     with pytest.raises(RuntimeError, match="one accuracy"):
-        throughput.evaluation(small_cifar, assigned, SimpleNamespace(rounds=1))
+        throughput.evaluation(small_cifar, process, SimpleNamespace(rounds=1))
 
 
 def test_quick_measures_everything_and_shows_what_it_wrote(
@@ -154,7 +157,8 @@ def test_quick_measures_everything_and_shows_what_it_wrote(
         for name, row in rows.items():
             if name != "compile_seconds":
                 assert 0 < row["images_per_second"]["min"] <= row["images_per_second"]["median"]
-    assert set(results["epoch_seconds"]) == {"assigned", "eager"}
+    ways = throughput.candidates(torch.device("cpu"), eager=True)
+    assert results["epoch_seconds"].keys() == {"assigned", *ways}
     assert f"{results['evaluation']['ours']['ratio']['median']:.2f} (" in printed
     readme = tmp_path / "README.md"
     readme.write_text("before\n" + "\nold\n".join(throughput.SECTION) + "\nafter\n")

@@ -16,28 +16,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import cifar10
-import compression
+from experiments.records import SHIPPED, weights_path
+from FP_layers import FP_Conv, FP_Linear, Learned, MinMax
 from model_file import container
-import experiments
+from model_file.__main__ import load, main
 from model_file.coders import ByteReader
 from model_file.network import (
-    METHODS,
-    CompressionError,
-    compress,
-    compress_all,
-    decompress,
-    describe,
-    entropy_bound,
+    METHODS, CompressionError, compress, compress_all, decompress, describe, entropy_bound,
+    stored_shapes,
 )
-from FP_layers import FP_Conv, FP_Linear
 from resnet20 import ResNetCIFAR
-from train_utils import load_weights
+from training.batches import normalize
+from training.checkpoints import fit_quantizers, load_weights, save_weights
 
 CONV = "body_op.0.conv1.0.conv.weight"
 
 # checkpoint, Nbits, symmetric, quantizer
-SHIPPED = [
+CASES = [
     ("pretrain", None, False, "minmax"),
     ("lab2e_global", None, False, "minmax"),
     *(("lab2e_global", n, symmetric, "minmax") for n in (2, 3, 4) for symmetric in (False, True)),
@@ -51,12 +46,11 @@ def shipped_net(name, Nbits=None, symmetric=False, quantizer="minmax"):
     """The shipped float weights of a run behind any quantizer; a learned step is the one it would
     start from.
     """
-    net = load_weights(ResNetCIFAR(), experiments.weights_path(name))
-    quantized = ResNetCIFAR(Nbits=Nbits, symmetric=symmetric, quantizer=quantizer)
+    net = load_weights(ResNetCIFAR(), weights_path(name))
+    kind = {"minmax": MinMax, "learned": Learned}[quantizer]
+    quantized = ResNetCIFAR(Nbits=Nbits, symmetric=symmetric, quantizer=kind)
     quantized.load_state_dict(net.state_dict(), strict=False)
-    for module in quantized.modules():
-        if isinstance(module, (FP_Conv, FP_Linear)):
-            module.reset_step()
+    fit_quantizers(quantized)
     return quantized.eval()
 
 
@@ -87,7 +81,7 @@ def four_bits():
 
 @pytest.fixture(scope="module")
 def images(cifar):
-    return cifar10.normalize(cifar.test_images[:100])
+    return normalize(cifar.test_images[:100])
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +101,7 @@ def quantized_weights(net):
 # ---------------------------------------------------------------- there and back
 
 
-@pytest.mark.parametrize("case", SHIPPED, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_logits_of_shipped_nets_are_the_same_bits(case, images):
     net = shipped_net(*case)
     restored = decompress(compress(net))
@@ -116,18 +110,18 @@ def test_logits_of_shipped_nets_are_the_same_bits(case, images):
         torch.equal(a, b)
         for a, b in zip(quantized_weights(net).values(), quantized_weights(restored).values())
     )
-    assert torch.equal(restored(images), net(images))
+    assert torch.equal(restored(images[:20]), net(images[:20]))
 
 
 @pytest.mark.parametrize("coder", container.CODERS)
 def test_logits_are_the_same_bits_with_every_coder(coder, four_bits, ternary, images):
     for net in (four_bits, ternary):
-        assert torch.equal(decompress(compress(net, coder))(images), net(images))
+        assert torch.equal(decompress(compress(net, coder))(images[:20]), net(images[:20]))
 
 
 @pytest.mark.parametrize("num_layers, quantizer", [
     (8, {}), (14, {"Nbits": 1}), (8, {"Nbits": 0}), (8, {"Nbits": 8}), (8, {"Nbits": 16}),
-    (8, {"Nbits": 8, "quantizer": "learned"}), (8, {"Nbits": 5, "symmetric": True}),
+    (8, {"Nbits": 8, "quantizer": Learned}), (8, {"Nbits": 5, "symmetric": True}),
 ])
 def test_other_depths_and_widths(num_layers, quantizer, images):
     net = lively_net(num_layers, **quantizer)
@@ -145,11 +139,11 @@ def test_odd_tensors(images):
     net.final_fc.linear.weight.fill_(-0.0)
     for coder in container.CODERS:
         assert torch.equal(decompress(compress(net, coder))(images[:10]), net(images[:10]))
-    learned = lively_net(Nbits=3, quantizer="learned")
+    learned = lively_net(Nbits=3, quantizer=Learned)
     for module in learned.body_op.modules():
         if isinstance(module, FP_Conv):
-            module.step[0] = 1e9
-            module.step[1] *= -1
+            module.quantizer.step[0] = 1e9
+            module.quantizer.step[1] *= -1
     assert torch.equal(decompress(compress(learned))(images[:10]), learned(images[:10]))
 
 
@@ -181,7 +175,7 @@ def test_rounded_floats_change_logits_little(float_bits, tolerance, four_bits, t
         assert 0 < difference < tolerance
 
 
-@pytest.mark.parametrize("quantizer", [dict(), dict(Nbits=4, quantizer="learned")], ids=str)
+@pytest.mark.parametrize("quantizer", [dict(), dict(Nbits=4, quantizer=Learned)], ids=str)
 def test_a_channel_without_weights_does_not_coarsen_the_others(quantizer, images):
     """Its variance has vanished, so that its scale is a hundred times the others'."""
     net = lively_net(**quantizer).eval()
@@ -200,12 +194,15 @@ def test_folded_steps_leave_whole_numbers(ternary):
         assert set(block.conv1[0].conv.weight.unique().tolist()) == {-1, 0, 1}
 
 
+def answers_of(net, x):
+    return torch.cat([net(part).argmax(1) for part in x.split(50)])
+
+
 def test_accuracy_with_floats_of_8_bits(four_bits, cifar):
     """Within half a point on 1,000 real images, and nearly always the same answer."""
-    x, y = cifar10.normalize(cifar.test_images[:1000]), cifar.test_labels[:1000]
-    answers = [
-        net(x).argmax(1) for net in (four_bits, decompress(compress(four_bits, float_bits=8)))
-    ]
+    x, y = normalize(cifar.test_images[:1000]), cifar.test_labels[:1000]
+    answers = [answers_of(net, x)
+               for net in (four_bits, decompress(compress(four_bits, float_bits=8)))]
     exact, rounded = ((answer == y).float().mean().item() for answer in answers)
     assert abs(exact - rounded) <= 0.005
     assert (answers[0] == answers[1]).float().mean() > 0.98
@@ -216,14 +213,14 @@ def test_a_shipped_file_holds_its_run(name, cifar):
     """With floats of 8 bits: its zeros are the run's, and on 1,000 real images it nearly always
     answers the same.
     """
-    shipped = decompress((experiments.SHIPPED / f"{name}.rnpq").read_bytes())
-    net, x = compression.load_run(name).eval(), cifar10.normalize(cifar.test_images[:1000])
+    shipped = decompress((SHIPPED / f"{name}.rnpq").read_bytes())
+    net, x = load(name).eval(), normalize(cifar.test_images[:1000])
     zeros = [
         [weight == 0 for layer, weight in quantized_weights(n).items() if "body" in layer]
         for n in (net, shipped)
     ]
     assert all(torch.equal(*pair) for pair in zip(*zeros))
-    assert (net(x).argmax(1) == shipped(x).argmax(1)).float().mean() > 0.98
+    assert (answers_of(net, x) == answers_of(shipped, x)).float().mean() > 0.98
 
 
 finite_rows = hnp.arrays(
@@ -256,37 +253,36 @@ def test_floats_are_near(values, bits):
 # ---------------------------------------------------------------- sizes
 
 
-def sizes(net):
-    return {method: len(file) for method, file in compress_all(net).items()}
+@pytest.fixture(scope="module")
+def sizes(ternary, four_bits):
+    """{net: {method: bytes of its file}}; all methods at once write what each alone does."""
+    sizes = {}
+    with torch.no_grad():
+        for net in (ternary, four_bits):
+            files = compress_all(net)
+            assert files == {method: compress(net, *how) for method, how in METHODS.items()}
+            sizes[net] = {method: len(file) for method, file in files.items()}
+    return sizes
 
 
-def test_sizes_are_in_order(ternary, four_bits):
-    for net in (ternary, four_bits):
-        measured = sizes(net)
-        assert compress_all(net) == {
-            method: compress(net, *options) for method, options in METHODS.items()
-        }
-        measured["context, float16"] = len(compress(net, "context", 16))
+def test_sizes_are_in_order(sizes):
+    for net, measured in sizes.items():
+        measured = measured | {"context, float16": len(compress(net, "context", 16))}
         assert 4 * 272_474 < measured["float32"] < 4 * 272_474 + 400
         assert 2 * 272_474 < measured["float16"] < 2 * 272_474 + 400
-        order = [
-            "float32",
-            "float16",
-            "fixed width",
-            "Huffman",
-            "range",
-            "context",
-            "context, float16",
-            "context, 8-bit floats",
-        ]
+        order = ["float32", "float16", "fixed width", "Huffman", "range", "context",
+                 "context, float16", "context, 8-bit floats"]
         assert sorted(order, key=measured.get, reverse=True) == order
 
 
-def test_entropy_bounds_the_coders_that_know_histograms(ternary, four_bits):
-    for net in (ternary, four_bits, shipped_net("pretrain")):
-        bound, measured = entropy_bound(net), sizes(net)
+def test_entropy_bounds_the_coders_that_know_histograms(sizes):
+    for net, measured in sizes.items():
+        bound = entropy_bound(net)
         assert bound < measured["range"] < 1.01 * bound + 500
         assert bound < measured["Huffman"]
+    bound, pretrained = entropy_bound(shipped_net("pretrain")), shipped_net("pretrain")
+    for coder in ("range", "huffman"):
+        assert bound < len(compress(pretrained, coder)) < 1.01 * bound + 500
 
 
 def test_entropy_bound_is_counted_from_the_weights(four_bits):
@@ -340,9 +336,11 @@ def test_every_byte_is_accounted_for(coder, ternary):
     ],
 )
 def test_arguments_out_of_range_are_named(argument, value):
-    with pytest.raises(ValueError, match=f"{argument} must be one of") as caught:
+    allowed = {"coder": "'none', 'packed', 'bitmask', 'huffman', 'range' or 'context'",
+               "float_bits": "32, 16, 8, 7, 6, 5 or 4"}[argument]
+    with pytest.raises(ValueError) as caught:
         compress(lively_net(), **{argument: value})
-    assert repr(value) in str(caught.value)
+    assert str(caught.value) == f"{argument} must be {allowed}, got {value!r}"
 
 
 def test_only_this_family_of_nets():
@@ -429,7 +427,7 @@ def small():
     in all.
     """
     with torch.no_grad():
-        nets = {32: lively_net(Nbits=2), 8: lively_net(Nbits=3, quantizer="learned")}
+        nets = {32: lively_net(Nbits=2), 8: lively_net(Nbits=3, quantizer=Learned)}
         nets[32].body_op[2].conv2 = nets[8].body_op[2].conv2
         files = {(coder, bits): compress(nets[bits], coder, bits) for coder, bits in FILES}
     kinds = {record.kind for data in files.values() for record, *_ in describe(data)[1]}
@@ -602,10 +600,10 @@ def test_floats_that_are_not_finite_are_refused(key, value, small):
 
 
 def test_steps_that_overflow_are_refused():
-    net = lively_net(Nbits=3, quantizer="learned")
+    net = lively_net(Nbits=3, quantizer=Learned)
     data = compress(net, "packed")
     fields, table, floats, symbols = split(data)
-    step = net.body_op[0].conv1[0].step.numpy().astype("<f4").tobytes()
+    step = net.body_op[0].conv1[0].quantizer.step.numpy().astype("<f4").tobytes()
     altered = floats.replace(step, np.full(16, 3e38, "<f4").tobytes())
     assert altered != floats
     with pytest.raises(CompressionError, match="body_op.0.conv1.0.conv.weight must be finite"):
@@ -639,7 +637,7 @@ def test_the_deepest_net_a_file_can_ask_for_stays_small():
 
 
 def run(capsys, *arguments):
-    status = compression.main([str(a) for a in arguments])
+    status = main([str(a) for a in arguments])
     out, err = capsys.readouterr()
     return status, out, err
 
@@ -652,17 +650,17 @@ def test_pack_info_unpack(tmp_path, capsys, images, four_bits):
 
     status, out, _ = run(capsys, "info", file)
     assert status == 0 and f"= {file.stat().st_size:,} bytes" in out
-    assert all(record.name in out for record, *_ in describe(file.read_bytes())[1])
+    assert all(name in out for name in stored_shapes(four_bits))
 
     assert run(capsys, "unpack", file, checkpoint)[0] == 0
     net = load_weights(ResNetCIFAR(), checkpoint).eval()
-    assert torch.equal(net(images), four_bits(images))
+    assert torch.equal(net(images[:20]), four_bits(images[:20]))
 
 
 def test_pack_by_path_with_options(tmp_path, capsys):
     for checkpoint in (
-        experiments.weights_path("pretrain"),
-        experiments.weights_path("lab2e_global"),
+        weights_path("pretrain"),
+        weights_path("lab2e_global"),
     ):
         status, _, _ = run(
             capsys, "pack", checkpoint, tmp_path / "a", "--coder", "huffman", "--float-bits", 16
@@ -673,11 +671,119 @@ def test_pack_by_path_with_options(tmp_path, capsys):
         )
 
 
+def small_checkpoint(folder, name="mine.pt", **quantizer):
+    """A checkpoint that is no run's, of a ResNet-20 whose BatchNorms are not their defaults."""
+    net = lively_net(20, **quantizer)
+    save_weights(net, folder / name)
+    return net, folder / name
+
+
+@pytest.mark.parametrize("options, quantizer", [
+    ([], {}),
+    (["--bits", 4], dict(Nbits=4)),
+    (["--bits", 0], dict(Nbits=0)),
+    (["--bits", 1, "--quantizer", "minmax"], dict(Nbits=1)),
+    (["--bits", 3, "--symmetric"], dict(Nbits=3, symmetric=True)),
+    (["--bits", 2, "--quantizer", "learned"], dict(Nbits=2, quantizer=Learned)),
+    (["--symmetric", "--bits", 2, "--quantizer", "learned", "--coder", "range"],
+     dict(Nbits=2, symmetric=True, quantizer=Learned)),
+], ids=str)
+def test_pack_a_file_that_is_no_runs(options, quantizer, tmp_path, capsys, images):
+    """Float weights, quantized as the options say; a learned step is the one it would start from.
+    """
+    net, checkpoint = small_checkpoint(tmp_path)
+    expected = ResNetCIFAR(20, **quantizer)
+    expected.load_state_dict(net.state_dict(), strict=False)
+    fit_quantizers(expected)
+    assert run(capsys, "pack", checkpoint, tmp_path / "file", *options)[0] == 0
+    restored = decompress((tmp_path / "file").read_bytes())
+    assert torch.equal(restored(images[:10]), expected.eval()(images[:10]))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_pack_a_file_with_its_learned_steps(symmetric, tmp_path, capsys, images):
+    net = lively_net(20, Nbits=3, symmetric=symmetric, quantizer=Learned)
+    for name, parameter in net.named_parameters():
+        if name.endswith("quantizer.step"):
+            parameter.mul_(1.3)  # as trained: no longer the fitted ones
+    save_weights(net, tmp_path / "mine.pt")
+    command = ["pack", tmp_path / "mine.pt", tmp_path / "file", "--bits", 3]
+    command += ["--quantizer", "learned"] + ["--symmetric"] * symmetric
+    assert run(capsys, *command)[0] == 0
+    restored = decompress((tmp_path / "file").read_bytes())
+    assert torch.equal(restored(images[:10]), net(images[:10]))
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--bits", -1], "Nbits must be None, 0 or 1 to 16, got -1"),
+    (["--bits", 17], "Nbits must be None, 0 or 1 to 16, got 17"),
+    (["--bits", 1, "--symmetric"], "Nbits must be None, 0 or 2 to 16 when symmetric=True, got 1"),
+    (["--bits", 0, "--quantizer", "learned"], "Nbits must be 2 to 16 for a learned step, got 0"),
+    (["--bits", 1, "--quantizer", "learned"], "Nbits must be 2 to 16 for a learned step, got 1"),
+    (["--symmetric"], "bits"),
+    (["--quantizer", "learned"], "bits"),
+    (["--quantizer", "minmax"], "bits"),
+    (["--quantizer", "learned", "--symmetric"], "bits"),
+], ids=str)
+@pytest.mark.parametrize("checkpoint", ["mine.pt", "lab3c_4bit"])
+def test_options_that_do_not_fit_are_an_error_in_one_line(
+    checkpoint, options, message, tmp_path, capsys
+):
+    if checkpoint.endswith(".pt"):
+        checkpoint = small_checkpoint(tmp_path)[1]
+    status, out, err = run(capsys, "pack", checkpoint, tmp_path / "file", *options)
+    assert status == 1 and err.startswith("error: ") and message in err and not out
+    assert err.count("\n") == 1 and not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("quantizer, options", [
+    (dict(Nbits=3, quantizer=Learned), []),
+    (dict(Nbits=3, quantizer=Learned), ["--bits", 3]),
+    (dict(Nbits=3, quantizer=Learned), ["--bits", 3, "--quantizer", "minmax"]),
+], ids=str)
+def test_steps_that_nothing_would_use_are_an_error(quantizer, options, tmp_path, capsys):
+    _, checkpoint = small_checkpoint(tmp_path, **quantizer)
+    status, out, err = run(capsys, "pack", checkpoint, tmp_path / "file", *options)
+    assert status == 1 and "quantizer.step" in err and err.count("\n") == 1 and not out
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("options", [
+    ["--bits", "four"], ["--bits"], ["--quantizer", "log"], ["--coder", "zip"],
+    ["--float-bits", "3"],
+], ids=str)
+def test_options_that_cannot_be_read_are_named(options, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["pack", "lab3c_4bit", str(tmp_path / "file"), *options])
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and f"argument {options[0]}: " in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, bits", [("lab3c_4bit", 4), ("lab2e_global", None)])
+def test_a_runs_file_elsewhere_and_one_of_another_seed_are_the_runs(name, bits, tmp_path):
+    net, _ = small_checkpoint(tmp_path, f"{name}.pt")
+    small_checkpoint(tmp_path, f"{name}@1.pt")
+    for file in (f"{name}.pt", f"{name}@1.pt"):
+        loaded = load(tmp_path / file)
+        assert loaded.Nbits == bits
+        assert torch.equal(loaded.head_conv[0].weight, net.head_conv[0].weight)
+
+
+def test_bits_that_are_given_go_before_those_of_the_run(tmp_path):
+    _, checkpoint = small_checkpoint(tmp_path, "lab3c_4bit.pt")
+    assert load(checkpoint, 3).Nbits == 3
+    assert load(checkpoint, 3, True, "learned").body_op[0].conv1[0].quantizer.limits == (-3, 3)
+    assert load(weights_path("pretrain")).Nbits is None
+    assert not load(checkpoint).symmetric and load("lab3d_2bit_improved").symmetric
+
+
 @pytest.mark.parametrize(
     "checkpoint, message",
     [
         ("lab3c_5bits", "must be one of pretrain, lab2c_oneshot"),
-        ("nothing/lab9.pt", "must be one of pretrain"),
+        ("lab3c_4bit@0", "must be one of pretrain, lab2c_oneshot"),
+        ("nothing/lab9.pt", "no checkpoint at nothing/lab9.pt"),
         ("nothing/lab3c_4bit.pt", "no checkpoint at"),
     ],
 )

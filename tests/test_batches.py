@@ -1,0 +1,213 @@
+"""Batches and their augmentation: against torchvision's, against plain loops, and by statistics."""
+
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+from torchvision import transforms
+from torchvision.transforms import functional as TF
+
+from training.batches import Batches, normalize, random_crop_flip
+from training.recipe import Recipe
+
+
+def test_normalize_equals_torchvision(cifar):
+    oracle = transforms.Compose(
+        [
+            transforms.ToTensor(),
+            transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        ]
+    )
+    images = cifar.test_images[:20]
+    expected = torch.stack(
+        [oracle(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images]
+    )
+    torch.testing.assert_close(normalize(images), expected, rtol=0, atol=2e-6)
+
+
+def test_each_augmented_image_is_one_of_torchvisions_crops_and_flips(cifar):
+    images = cifar.train_images[:300]
+    augmented = random_crop_flip(images, torch.Generator().manual_seed(0))
+    padded = TF.pad(images, 4)
+    found = torch.zeros(len(images), dtype=torch.bool)
+    for top in range(9):
+        for left in range(9):
+            crop = TF.crop(padded, top, left, 32, 32)
+            for candidate in (crop, TF.hflip(crop)):
+                found |= (candidate == augmented).flatten(1).all(1)
+    assert found.all()
+
+
+def test_offsets_and_flips_are_uniform_and_independent():
+    """Pixels that hold their own coordinates tell which of the 162 outcomes each image got."""
+    row, column = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    images = torch.stack([row, column]).to(torch.uint8).expand(162 * 100, 2, 32, 32)
+    augmented = random_crop_flip(images, torch.Generator().manual_seed(0)).long()
+    flipped = augmented[:, 1, 16, 17] < augmented[:, 1, 16, 16]
+    top = augmented[:, 0, 16, 16] - 12
+    left = augmented[:, 1, 16, 16] - torch.where(flipped, 11, 12)
+    outcomes = torch.bincount((top * 9 + left) * 2 + flipped, minlength=162)
+    assert len(outcomes) == 162 and outcomes.min() > 0
+    assert stats.chisquare(outcomes.numpy()).pvalue > 1e-3
+
+
+def test_batches_in_stored_order_cover_everything(small_cifar):
+    batches = Batches(small_cifar.test_images, small_cifar.test_labels, 64)
+    xs, ys = zip(*batches)
+    assert [len(x) for x in xs] == [64, 64, 64, 8] and len(batches) == 4
+    assert torch.equal(torch.cat(xs), normalize(small_cifar.test_images))
+    assert torch.equal(torch.cat(ys), small_cifar.test_labels)
+
+
+def test_augmented_batches_are_shuffled_and_labels_stay_with_their_images():
+    labels = torch.arange(1, 251)
+    images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(250, 3, 32, 32)
+    xs, ys = zip(*Batches(images, labels, 64, seed=3, augment=True))
+    assert [len(x) for x in xs] == [64, 64, 64, 58]
+    order = torch.cat(ys)
+    assert not torch.equal(order, labels) and torch.equal(order.sort().values, labels)
+    assert torch.equal(torch.cat(xs)[:, :, 16, 16], normalize(images[order - 1])[:, :, 16, 16])
+
+
+def test_seed_and_epoch_give_the_batches(small_cifar):
+    def drawn(seed, epoch=1):
+        batches = Batches(small_cifar.train_images, torch.arange(256), 100, seed, epoch, True)
+        return [torch.cat(tensors) for tensors in zip(*batches)]
+
+    first, again, other, later = drawn(1), drawn(1), drawn(2), drawn(1, epoch=2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    for x, order in (other, later):
+        assert not torch.equal(order, first[1])
+        moved = (x[order.argsort()] != first[0][first[1].argsort()]).flatten(1).any(1)
+        assert moved.float().mean() > 0.9  # of 162 ways to crop and flip, two seldom agree
+
+
+def test_to_iterate_twice_gives_the_same_batches(small_cifar):
+    recipe = Recipe(flip="alternating", cutout=8)
+    batches = Batches(small_cifar.train_images, small_cifar.train_labels, 100, 3, 2, recipe)
+    for (x, y), (again_x, again_y) in zip(batches, batches, strict=True):
+        assert torch.equal(x, again_x) and torch.equal(y, again_y)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, "64", None])
+def test_a_bad_batch_size_is_refused(small_cifar, batch_size):
+    with pytest.raises(ValueError, match="batch_size must be a positive integer") as caught:
+        Batches(small_cifar.test_images, small_cifar.test_labels, batch_size)
+    assert repr(batch_size) in str(caught.value)
+
+
+@pytest.mark.parametrize("epoch", [0, -1, 1.5, None])
+def test_a_bad_epoch_is_refused(small_cifar, epoch):
+    with pytest.raises(ValueError, match="epoch must be a positive integer") as caught:
+        Batches(small_cifar.test_images, small_cifar.test_labels, 10, epoch=epoch)
+    assert repr(epoch) in str(caught.value)
+
+
+def test_images_without_labels_are_refused(small_cifar):
+    with pytest.raises(ValueError, match="equally many, got 200 and 199"):
+        Batches(small_cifar.test_images, small_cifar.test_labels[1:], 10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("augment", [True, Recipe(flip="alternating", cutout=8)], ids=str)
+def test_one_seed_gives_one_augmentation_on_every_device(small_cifar, augment):
+    images, labels = small_cifar.train_images, small_cifar.train_labels
+    on_cpu = random_crop_flip(images, torch.Generator().manual_seed(7))
+    assert torch.equal(
+        random_crop_flip(images.cuda(), torch.Generator().manual_seed(7)).cpu(), on_cpu
+    )
+    ours = Batches(images, labels, 100, 3, 2, augment)
+    theirs = Batches(images.cuda(), labels.cuda(), 100, 3, 2, augment)
+    for (x, y), (gpu_x, gpu_y) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gpu_x.cpu(), x)
+        assert torch.equal(gpu_y.cpu(), y)
+
+
+# ---------------------------------------------------------------- alternating flip
+
+
+def order_and_sides(n, epoch, seed=0, flip="alternating"):
+    """Return in which order n images came in an epoch, and which of them, by number, were mirrored.
+
+    Each image holds its columns' numbers, so that its middle tells its side whatever the crop.
+    """
+    images = torch.arange(32, dtype=torch.uint8).expand(n, 3, 32, 32)
+    batches = Batches(images, torch.arange(n), 500, seed, epoch, Recipe(flip=flip))
+    xs, orders = zip(*((x[:, 0, 16, 16:18], y) for x, y in batches))
+    middle, order = torch.cat(xs), torch.cat(orders)
+    return order, (middle[:, 1] < middle[:, 0])[order.argsort()]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_sides_alternate_from_epoch_to_epoch(seed):
+    (order, first), (other_order, second), (_, third), (_, fourth) = (
+        order_and_sides(1200, epoch, seed) for epoch in (1, 2, 3, 4))
+    assert torch.equal(second, ~first) and torch.equal(third, first) and torch.equal(fourth, second)
+    assert not torch.equal(order, other_order)
+
+
+def test_an_image_s_first_side_is_fair_and_independent_of_order_and_seed():
+    order, sides = order_and_sides(4000, 1)
+    _, others = order_and_sides(4000, 1, seed=1)
+    place = order.argsort()
+    for mirrored in (sides, sides == others, sides[:-1] == sides[1:],
+                     sides[order][:-1] == sides[order][1:]):
+        assert stats.binomtest(int(mirrored.sum()), len(mirrored)).pvalue > 1e-3
+    assert stats.mannwhitneyu(place[sides], place[~sides]).pvalue > 1e-3
+
+
+def test_a_random_flip_is_drawn_anew_in_each_epoch_and_the_order_is_the_same():
+    (order, first), (_, second) = (order_and_sides(4000, epoch, flip="random") for epoch in (1, 2))
+    assert torch.equal(order, order_and_sides(4000, 1)[0])
+    for mirrored in (first, first == second):
+        assert stats.binomtest(int(mirrored.sum()), 4000).pvalue > 1e-3
+
+
+# ---------------------------------------------------------------- cutout
+
+
+def blanked(row, column, side):
+    """Return which pixels of an image a cutout around (row, column) blanks, by the definition."""
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    for down in range(side):
+        for right in range(side):
+            i, j = row - side // 2 + down, column - side // 2 + right
+            if 0 <= i < 32 and 0 <= j < 32:
+                mask[i, j] = True
+    return mask
+
+
+@pytest.mark.parametrize("side", [1, 5, 16])
+def test_a_cutout_blanks_one_square_that_may_lie_anywhere_and_nothing_else(side):
+    """White images: no pixel, normalized, is zero, neither theirs nor those that crops move in."""
+    images, labels = torch.full((4096, 3, 32, 32), 255, dtype=torch.uint8), torch.zeros(4096)
+    squares = {blanked(i, j, side).numpy().tobytes(): (i, j) for i in range(32) for j in range(32)}
+    assert len(squares) == 1024
+    centers = []
+    for (x, _), (plain, _) in zip(Batches(images, labels, 512, augment=Recipe(cutout=side)),
+                                  Batches(images, labels, 512, augment=Recipe())):
+        zero = x == 0
+        assert (plain != 0).all() and torch.equal(x, torch.where(zero, 0, plain))
+        assert torch.equal(zero, zero[:, :1].expand_as(zero))  # the same in all channels
+        centers += [squares[mask.numpy().tobytes()] for mask in zero[:, 0]]
+    rows, columns = (torch.tensor(values) for values in zip(*centers))
+    for outcomes, cells in ((rows, 32), (columns, 32), (rows // 4 * 8 + columns // 4, 64)):
+        counts = torch.bincount(outcomes, minlength=cells)
+        assert len(counts) == cells and stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_a_cutout_larger_than_the_image_may_blank_it_all(small_cifar):
+    batches = Batches(small_cifar.train_images, small_cifar.train_labels, 256,
+                      augment=Recipe(cutout=64))
+    assert all((x == 0).all() for x, _ in batches)
+
+
+def test_a_recipe_without_options_has_the_assigned_augmentation(small_cifar):
+    def epoch(augment):
+        pairs = Batches(small_cifar.train_images, small_cifar.train_labels, 100, 5, 2, augment)
+        return torch.cat([x for x, _ in pairs])
+
+    assigned = epoch(True)
+    assert torch.equal(epoch(Recipe()), assigned)
+    for other in (Recipe(flip="alternating"), Recipe(cutout=8)):
+        assert not torch.equal(epoch(other), assigned)

@@ -1,0 +1,122 @@
+"""Recipes and prunings are data: rates and percentages by hand, and what is out of range refused.
+"""
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+
+from conftest import REPOSITORY
+from training.recipe import Pruning, Recipe
+
+
+@pytest.mark.parametrize(
+    "schedule, progress, warmup, expected",
+    [
+        ("constant", 0.0, 0.0, 0.4),
+        ("constant", 0.99, 0.0, 0.4),
+        ("constant", 0.05, 0.2, 0.1),
+        ("step", 0.0, 0.0, 0.4),
+        ("step", 0.4999, 0.0, 0.4),
+        ("step", 0.5, 0.0, 0.04),
+        ("step", 0.7499, 0.0, 0.04),
+        ("step", 0.75, 0.0, 0.004),
+        ("step", 0.99, 0.0, 0.004),
+        ("cosine", 0.0, 0.0, 0.4),
+        ("cosine", 0.5, 0.0, 0.2),
+        ("cosine", 1 / 3, 0.0, 0.3),
+        ("cosine", 1.0, 0.0, 0.0),
+        ("cosine", 0.0, 0.1, 0.0),
+        ("cosine", 0.05, 0.1, 0.2),
+        ("cosine", 0.1, 0.1, 0.4),
+        ("cosine", 0.55, 0.1, 0.2),
+    ],
+)
+def test_learning_rate(schedule, progress, warmup, expected):
+    recipe = Recipe(lr=0.4, schedule=schedule, warmup=warmup)
+    assert recipe.lr * recipe.rate(progress) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_default_is_the_assigned_fine_tuning():
+    """From the assignment, not from the code: 20 epochs of SGD at a constant rate."""
+    recipe, pruning = Recipe(), Pruning()
+    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.momentum, recipe.weight_decay) == (
+        20, 256, 0.002, 0.875, 1e-4)
+    assert recipe.optimizer == "sgd" and not recipe.nesterov
+    assert recipe.rate(0.0) == recipe.rate(1.0) == 1
+    assert (recipe.flip, recipe.cutout, recipe.distill, recipe.average) == ("random", 0, 0, 0)
+    assert [pruning.percentage(epoch) for epoch in (1, 2)] == [None, None] and pruning.holds(1)
+
+
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("epochs", 0),
+        ("epochs", 1.5),
+        ("epochs", True),
+        ("batch_size", 0),
+        ("batch_size", "64"),
+        ("test_every", 0),
+        ("lr", -0.1),
+        ("lr", math.nan),
+        ("lr", "fast"),
+        ("muon_lr", -0.1),
+        ("weight_decay", -1e-4),
+        ("weight_decay", math.inf),
+        ("schedule", "linear"),
+        ("optimizer", "adam"),
+        ("momentum", -1),
+        ("nesterov", 1),
+        ("warmup", 1.5),
+        ("warmup", -0.1),
+        ("flip", True),
+        ("cutout", -1),
+        ("cutout", 0.5),
+        ("distill", "half"),
+        ("distill", 1.5),
+        ("distill", -0.1),
+        ("temperature", 0),
+        ("temperature", math.inf),
+        ("average", 1),
+    ],
+)
+def test_a_bad_field_is_refused_by_name(argument, value):
+    with pytest.raises(ValueError, match=f"^{argument} must be ") as caught:
+        Recipe(**{argument: value})
+    assert str(value) in str(caught.value)
+    with pytest.raises(ValueError, match=f"^{argument} must be "):
+        dataclasses.replace(Recipe(), **{argument: value})
+
+
+@pytest.mark.parametrize("argument, value", [
+    ("method", "random"), ("q", -1), ("q", 100.5), ("q", math.nan), ("epochs", -1),
+    ("epochs", 1.5), ("hold_zeros", 1),
+])
+def test_a_bad_field_of_a_pruning_is_refused_by_name(argument, value):
+    with pytest.raises(ValueError, match=f"^{argument} must be ") as caught:
+        Pruning(**{argument: value})
+    assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("pruning, percentages, held", [
+    (Pruning("layer", 70.0), [70, None, None, None], [1, 1, 1, 1]),
+    (Pruning("global", 60.0, epochs=1), [60, None, None, None], [1, 1, 1, 1]),
+    (Pruning("global", 60.0, epochs=3), [20, 40, 60, None], [0, 0, 1, 1]),
+    (Pruning("global", 60.0, epochs=3, hold_zeros=False), [20, 40, 60, None], [0, 0, 0, 0]),
+    (Pruning(hold_zeros=False), [None] * 4, [0] * 4),
+], ids=str)
+def test_a_pruning_reaches_its_percentage_in_equal_parts_and_holds_from_then_on(
+    pruning, percentages, held
+):
+    epochs = range(1, 5)
+    assert [pruning.percentage(epoch) for epoch in epochs] == [
+        value if value is None else pytest.approx(value) for value in percentages]
+    assert [pruning.holds(epoch) for epoch in epochs] == [bool(value) for value in held]
+
+
+def test_recipes_need_no_torch():
+    """A list of runs is made from them, which has to appear at once."""
+    script = "import sys, training.recipe; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
