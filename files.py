@@ -9,8 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path):
-    """Open a binary file for writing that takes the place of `path` when the block ends without an
-    error.
+    """Open a binary file that takes the place of `path` when the block ends without an error.
 
     Until then `path` is what it was, also if the process is killed; missing parent folders are
     made. Raises OSError naming `path` if it cannot be written (full disk, read-only folder).
@@ -37,9 +36,7 @@ def atomic_write(path):
 
 
 def check_writable(path):
-    """Raise OSError naming `path` if it could not be written now; better before hours of training
-    than after.
-    """
+    """Raise OSError naming `path` if it could not be written now."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -52,8 +49,7 @@ def check_writable(path):
 
 
 def replace_section(path, begin, end, text):
-    """Replace what stands between the marker lines `begin` and `end` of the text file at `path` by
-    `text`.
+    """Replace what stands between the lines `begin` and `end` of the text file at `path`.
 
     Raises ValueError if the lines are not there; the file is unchanged then.
     """

@@ -23,10 +23,10 @@ def prunable_layers(net):
 
 
 def percentile(magnitudes, q):
-    """Return the q-th percentile of a tensor, of two neighbours the lower, as a tensor without shape.
+    """Return the q-th percentile of a tensor: of two neighbours, the lower.
 
-    What is at or below it is at or below np.percentile's interpolated value too, and nothing else is.
-    Raises ValueError if q is outside 0 to 100 or an element is NaN or infinite.
+    What is at or below it is at or below np.percentile's interpolated value too, and nothing else
+    is. Raises ValueError if q is outside 0 to 100 or an element is NaN or infinite.
     """
     check(PERCENTAGE, q=q)
     if not torch.isfinite(magnitudes).all():
@@ -40,7 +40,8 @@ def prune_by_percentage(layer, q=70.0):
 
     layer: an nn.Conv2d or nn.Linear, or an FP_Conv or FP_Linear around one; its bias is left alone.
     Ties fall together, so at least q % of the weights become zero, up to one weight's rounding.
-    Raises TypeError if the layer has no weight, and as percentile does; the layer is unchanged then.
+    Raises TypeError if the layer has no weight, and as percentile does; the layer is unchanged
+    then.
 
     Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
     """
@@ -51,10 +52,10 @@ def prune_by_percentage(layer, q=70.0):
 
 
 def global_prune_by_percentage(net, q=70.0):
-    """Prune all prunable layers of `net`, in place, at the q-th percentile of all their |w| together.
+    """Prune all prunable layers of `net`, in place, at the q-th percentile of all their |w|.
 
-    Layers with small weights lose more of them than others. Raises as percentile does, and ValueError
-    if `net` has no prunable layer; the net is unchanged then.
+    Layers with small weights lose more of them than others. Raises as percentile does, and
+    ValueError if `net` has no prunable layer; the net is unchanged then.
     """
     weights = [layer.weight for _, layer in prunable_layers(net)]
     if not weights:
@@ -66,7 +67,7 @@ def global_prune_by_percentage(net, q=70.0):
 
 
 def prune_before_epoch(net, pruning, epoch):
-    """Prune `net`, in place, as `pruning`, a training.recipe.Pruning, has it before `epoch` (from 1)."""
+    """Prune `net`, in place, as a training.recipe.Pruning has it before `epoch`, from 1."""
     q = pruning.percentage(epoch)
     if q is None:
         return

@@ -34,18 +34,16 @@ class ResNet_Block(nn.Module):
         if strides == 1 and in_chs == out_chs:
             self.id_mapping = nn.Identity()
         else:
-            self.id_mapping = nn.Sequential(
-                FP_Conv(
-                    in_chs,
-                    out_chs,
-                    kernel_size=1,
-                    stride=strides,
-                    padding=0,
-                    bias=False,
-                    **fixed_point,
-                ),
-                nn.BatchNorm2d(out_chs),
-            )
+            self.id_mapping = nn.Sequential(FP_Conv(
+                                                in_chs,
+                                                out_chs,
+                                                kernel_size=1,
+                                                stride=strides,
+                                                padding=0,
+                                                bias=False,
+                                                **fixed_point,
+                                            ),
+                                            nn.BatchNorm2d(out_chs))
         self.final_activation = nn.ReLU(inplace=True)
 
     def forward(self, x):
@@ -53,8 +51,7 @@ class ResNet_Block(nn.Module):
 
 
 class ResNetCIFAR(nn.Module):
-    """ResNet for 32x32 RGB images and 10 classes: (N, 3, 32, 32) normalized pixels to (N, 10)
-    logits.
+    """ResNet for CIFAR-10: (N, 3, 32, 32) normalized pixels to (N, 10) logits.
 
     num_layers is 6n + 2 (20 gives 272,474 parameters): a 3x3 convolution, three stages of n blocks
     with 16, 32 and 64 channels, global average pooling and a linear layer. Nbits, symmetric and

@@ -174,8 +174,7 @@ _tested = {}  # fingerprint of a net: the data it was tested on, and what evalua
 
 
 def test(net, verbose=True):
-    """Return the net's accuracy on CIFAR-10's test set, a fraction; print it and the loss if
-    verbose.
+    """Return the net's accuracy on CIFAR-10's test set, a fraction; print it if verbose.
 
     The net ends in evaluation mode. One that computes what an earlier one did (same quantized
     weights, see training.inference.fingerprint) is not evaluated again in the same process.

@@ -35,9 +35,7 @@ def assigned_loader(images, labels, batch_size, workers, train):
 
 
 def assigned_net(device):
-    """Return the assigned ResNet-20 on `device`: its activations, unlike ours, do not overwrite
-    what they read.
-    """
+    """Return the assigned ResNet-20 on `device`: activations do not overwrite what they read."""
     net = ResNetCIFAR(num_layers=20).to(device)
     for module in net.modules():
         if isinstance(module, torch.nn.ReLU):
@@ -46,9 +44,7 @@ def assigned_net(device):
 
 
 def assigned_epoch(net, loader, optimizer, criterion, forward=None):
-    """Train `net` as assigned on what `loader` yields; return (mean loss, accuracy). Arguments as
-    in train_epoch.
-    """
+    """Train `net` as assigned on what `loader` yields; return (mean loss, accuracy)."""
     device = next(net.parameters()).device
     forward = net if forward is None else forward
     net.train()

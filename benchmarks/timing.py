@@ -29,8 +29,7 @@ def now(device):
 
 
 class Clock:
-    """Times a training loop from its step `warmup` on; with split=True also what its parts take, on
-    the way.
+    """Times a training loop from its step `warmup` on; with split=True also its parts.
 
     The parts are data, forward, backward (with the loss) and optimizer; what is left of a step is
     the rest.
@@ -40,12 +39,10 @@ class Clock:
 
     def __init__(self, device, optimizer, warmup, split):
         self.device, self.warmup, self.split = device, warmup, split
-        self.started, self.last, self.seconds, self.hooks = (
-            None,
-            None,
-            dict.fromkeys(self.PARTS, 0.0),
-            [],
-        )
+        self.started, self.last, self.seconds, self.hooks = (None,
+                                                             None,
+                                                             dict.fromkeys(self.PARTS, 0.0),
+                                                             [])
         if split:  # only then: on a GPU each look at the clock waits
             self.hooks = [optimizer.register_step_pre_hook(lambda *_: self.mark("backward")),
                           optimizer.register_step_post_hook(lambda *_: self.mark("optimizer"))]
@@ -84,9 +81,7 @@ class Clock:
         return timed
 
     def stop(self):
-        """Return the seconds since the start, or with split=True {part: seconds} that add up to
-        them.
-        """
+        """Return the seconds since the start; with split=True {part: seconds}."""
         total = now(self.device) - self.started
         for hook in self.hooks:
             hook.remove()
@@ -129,9 +124,7 @@ class Pipeline:
 
 
 class AssignedProcess:
-    """The assigned pipelines, in a process that has the machine's own allocator settings; use it in
-    a `with`.
-    """
+    """The assigned pipelines, in a process with the machine's own allocator; use it in a `with`."""
 
     def __init__(self, data, workers):
         ours = {name: os.environ.pop(name) for name in ALLOCATOR if name in os.environ}
@@ -155,9 +148,7 @@ class AssignedProcess:
         self.pool.shutdown()
 
     def train(self, batch_size, steps, warmup, split=False):
-        """Return what Pipeline(None, ...).train does; there is one for each batch size, and
-        it stays.
-        """
+        """Return what Pipeline(None, ...).train does; each batch size has one, and it stays."""
         return self.pool.submit(_train_assigned, batch_size, steps, warmup, split).result()
 
     def evaluate(self):
@@ -170,17 +161,13 @@ _assigned = {}  # in that process: "data", "workers", and the pipeline of each b
 
 def _start_assigned(arrays, device, workers, threads):
     torch.set_num_threads(threads)
-    _assigned.update(
-        data=CIFAR10(*(torch.from_numpy(array).to(device) for array in arrays)),
-        workers=workers,
-    )
+    _assigned.update(data=CIFAR10(*(torch.from_numpy(array).to(device) for array in arrays)),
+                     workers=workers)
 
 
 def _train_assigned(batch_size, *section):
     if batch_size not in _assigned:
-        _assigned[batch_size] = Pipeline(
-            None, _assigned["data"], batch_size, _assigned["workers"]
-        )
+        _assigned[batch_size] = Pipeline(None, _assigned["data"], batch_size, _assigned["workers"])
     return _assigned[batch_size].train(*section)
 
 
@@ -201,17 +188,11 @@ def spread(values):
 
 
 def compared(seconds, images):
-    """Return images/s of each pipeline and its ratio to the assigned one, from {name: seconds of
-    each round}.
-    """
-    ratios = {
-        name: [a / b for a, b in zip(seconds["assigned"], values)]
-        for name, values in seconds.items()
-    }
-    return {
-        name: {
-            "images_per_second": spread([images / s for s in values]),
-            "ratio": spread(ratios[name]),
-        }
-        for name, values in seconds.items()
-    }
+    """Return images/s of each pipeline and its ratio to the assigned one, from {name: seconds}."""
+    ratios = {name: [a / b for a, b in zip(seconds["assigned"], values)]
+              for name, values in seconds.items()}
+    return {name: {
+                "images_per_second": spread([images / s for s in values]),
+                "ratio": spread(ratios[name]),
+            }
+            for name, values in seconds.items()}

@@ -1,4 +1,6 @@
-"""Interventions that isolate a cause: what the notebooks do to a net to find out why it lost accuracy."""
+"""Interventions that isolate a cause: what the notebooks do to a net to find out why it lost
+accuracy.
+"""
 
 import torch
 from torch import nn
@@ -13,7 +15,8 @@ __all__ = ["reestimate_statistics", "round_weights"]
 def reestimate_statistics(net, images, batch_size=256):
     """Estimate the BatchNorm statistics of `net`, in place, anew on uint8 `images`; return the net.
 
-    No weight is touched. The statistics are means over the batches; the net ends in evaluation mode.
+    No weight is touched. The statistics are means over the batches; the net ends in evaluation
+    mode.
     """
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -32,8 +35,8 @@ def reestimate_statistics(net, images, batch_size=256):
 def round_weights(net, Nbits, symmetric=False, centred=False):
     """Round the float weights of the residual stages to the grid of STE, in place; return the net.
 
-    centred: take the mean rounding error of each filter's non-zero weights out again. Its sum is what
-    shifts the filter's output; the rounded weights are then off the grid.
+    centred: take the mean rounding error of each filter's non-zero weights out again. Its sum is
+    what shifts the filter's output; the rounded weights are then off the grid.
     """
     for layer in net.body_op.modules():
         if isinstance(layer, FP_Conv):

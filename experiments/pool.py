@@ -1,6 +1,4 @@
-"""Several runs at once: each in a process of its own, with one thread, as soon as its parents are
-ready.
-"""
+"""Several runs at once, each in a process of one thread, as soon as its parents are ready."""
 
 import os
 import signal
@@ -99,9 +97,7 @@ class _Child:
 
 def report(record):
     """Print what a run reached."""
-    print(
-        f"{record['name']}: best {100 * record['best']['test_accuracy']:.2f} % in epoch "
-        f"{record['best']['epoch']}, last {100 * record['last']['test_accuracy']:.2f} %, "
-        f"{record['seconds'] / 60:.1f} min, {record['images_per_second']:.0f} images/s",
-        flush=True,
-    )
+    print(f"{record['name']}: best {100 * record['best']['test_accuracy']:.2f} % in epoch "
+          f"{record['best']['epoch']}, last {100 * record['last']['test_accuracy']:.2f} %, "
+          f"{record['seconds'] / 60:.1f} min, {record['images_per_second']:.0f} images/s",
+          flush=True)

@@ -57,9 +57,7 @@ def config_of(run):
 
 
 def _differences(recorded, now, prefix=""):
-    """Return {setting: (recorded, now)} of two configs; one that only `now` has counts as its
-    default.
-    """
+    """Return {setting: (recorded, now)}; a setting that only `now` has is recorded as None."""
     differ = {}
     for key in recorded.keys() | now.keys():
         a, b = recorded.get(key), now.get(key)

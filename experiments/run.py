@@ -68,9 +68,7 @@ def train_run(name, folder=SHIPPED, as_recorded=False):
 
 
 def _execution(run, net, n_images, state_path, folder, as_recorded):
-    """Return how to train: as begun, if there is a state; else as recorded, if wished; else
-    fastest.
-    """
+    """Return how to train: as begun, else as recorded, if wished, else as is fastest."""
     if state_path.exists():
         return Execution(**(read_state(state_path)["tag"] or {}).get("execution", {}))
     if as_recorded:
@@ -93,22 +91,20 @@ def _record(run, net, data, history, tag, folder):
     device = data.train_images.device
     kind = (torch.cuda.get_device_name(device) if device.type == "cuda"
             else f"CPU, {torch.get_num_threads()} threads")
-    return {
-        "name": run.name,
-        **tag,
-        "test_loss": loss,
-        "test_accuracy": accuracy,
-        "best": result(max(tested, key=lambda entry: entry["test_accuracy"])),
-        "last": result(tested[-1]),
-        "sparsity": sparsity(net),
-        "layer_sparsity": layer_sparsity(net),
-        "weights_sha256": sha256(weights_path(run.name, folder)),
-        "seconds": seconds,
-        "images_per_second": len(data.train_images) * len(history) / seconds,
-        "environment": {"device": kind, "python": platform.python_version(),
-                        "torch": torch.__version__},
-        "history": history,
-    }
+    return {"name": run.name,
+            **tag,
+            "test_loss": loss,
+            "test_accuracy": accuracy,
+            "best": result(max(tested, key=lambda entry: entry["test_accuracy"])),
+            "last": result(tested[-1]),
+            "sparsity": sparsity(net),
+            "layer_sparsity": layer_sparsity(net),
+            "weights_sha256": sha256(weights_path(run.name, folder)),
+            "seconds": seconds,
+            "images_per_second": len(data.train_images) * len(history) / seconds,
+            "environment": {"device": kind, "python": platform.python_version(),
+                            "torch": torch.__version__},
+            "history": history}
 
 
 def _load_parent(name, net, folder, wanted_by):

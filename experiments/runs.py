@@ -36,26 +36,22 @@ MUON = replace(SGD, optimizer="muon", muon_lr=0.03, lr=0.1)
 DISTILLED = dict(distill=0.7, temperature=4.0)
 
 # The improved runs: as many epochs as assigned, the last one kept.
-IMPROVED = Recipe(
-    batch_size=128,
-    lr=0.05,
-    schedule="cosine",
-    warmup=0.05,
-    momentum=0.9,
-    nesterov=True,
-    distill=0.5,
-)
+IMPROVED = Recipe(batch_size=128,
+                  lr=0.05,
+                  schedule="cosine",
+                  warmup=0.05,
+                  momentum=0.9,
+                  nesterov=True,
+                  distill=0.5)
 
 
 def _assigned_runs():
     yield Run("lab2c_oneshot", "Lab 2 (c): 70 % pruned at once, layer by layer", pruning=ONE_SHOT)
     yield Run("lab2d_iterative", "Lab 2 (d): pruned to 70 % over 10 epochs, layer by layer",
               pruning=ITERATIVE)
-    yield Run(
-        "lab2e_global",
-        "Lab 2 (e): pruned to 70 % over 10 epochs, one threshold for all layers",
-        pruning=GLOBAL,
-    )
+    yield Run("lab2e_global",
+              "Lab 2 (e): pruned to 70 % over 10 epochs, one threshold for all layers",
+              pruning=GLOBAL)
     for n in (4, 3, 2):
         yield Run(f"lab3c_{n}bit", f"Lab 3 (c): {n}-bit weights", Nbits=n)
     for n in (4, 3, 2):
@@ -71,23 +67,19 @@ def _improved_runs():
     yield Run("lab2e_global_improved", "70 % pruned with one threshold, improved", pruning=GLOBAL,
               **improved)
     for n in (4, 3, 2):
-        yield Run(
-            f"lab3c_{n}bit_improved",
-            f"{n}-bit weights, improved",
-            Nbits=n,
-            quantizer="learned",
-            **improved,
-        )
+        yield Run(f"lab3c_{n}bit_improved",
+                  f"{n}-bit weights, improved",
+                  Nbits=n,
+                  quantizer="learned",
+                  **improved)
     for n in (4, 3, 2):  # 2 bits: the codes -1, 0, 1
-        yield Run(
-            f"lab3d_{n}bit_improved",
-            f"70 % pruned and {n}-bit weights, improved",
-            start_from="lab2e_global_improved",
-            Nbits=n,
-            symmetric=n == 2,
-            quantizer="learned",
-            **improved,
-        )
+        yield Run(f"lab3d_{n}bit_improved",
+                  f"70 % pruned and {n}-bit weights, improved",
+                  start_from="lab2e_global_improved",
+                  Nbits=n,
+                  symmetric=n == 2,
+                  quantizer="learned",
+                  **improved)
     yield Run("lab3d_2bit_smallest", "88 % pruned and 2-bit weights, for the smallest file",
               start_from="lab3d_2bit_improved", Nbits=2, symmetric=True, quantizer="learned",
               pruning=Pruning("global", 88.0, epochs=10), **improved)
@@ -104,13 +96,11 @@ FLOAT_PARTS = (  # name, what, recipe, with a teacher
     ("average", "Muon, averaged weights", replace(MUON, average=0.999)),
     ("distill", "Muon, distillation at temperature 4", replace(MUON, **DISTILLED)),
 )
-TWO_BIT_PARTS = (
-    ("sgd", "SGD, distillation at temperature 1", IMPROVED),
-    ("plain", "SGD, no distillation", replace(IMPROVED, distill=0.0)),
-    ("warm", "SGD, distillation at temperature 2", replace(IMPROVED, temperature=2.0)),
-    ("muon", "Muon, distillation at temperature 1",
-     replace(IMPROVED, optimizer="muon", muon_lr=0.01, lr=0.02)),
-)
+TWO_BIT_PARTS = (("sgd", "SGD, distillation at temperature 1", IMPROVED),
+                 ("plain", "SGD, no distillation", replace(IMPROVED, distill=0.0)),
+                 ("warm", "SGD, distillation at temperature 2", replace(IMPROVED, temperature=2.0)),
+                 ("muon", "Muon, distillation at temperature 1",
+                  replace(IMPROVED, optimizer="muon", muon_lr=0.01, lr=0.02)))
 
 
 def _ablation_runs():
@@ -135,12 +125,10 @@ RUNS = {run.name: run for run in (
 )}
 
 # What the course's reference solution reports: best test accuracy, a fraction. Our floor.
-REFERENCE = {
-    "pretrain": 0.9151,
-    "lab2c_oneshot": 0.8941, "lab2d_iterative": 0.8921, "lab2e_global": 0.8984,
-    "lab3c_4bit": 0.9148, "lab3c_3bit": 0.9063, "lab3c_2bit": 0.8550,
-    "lab3d_4bit": 0.9033, "lab3d_3bit": 0.8839, "lab3d_2bit": 0.3590,
-}
+REFERENCE = {"pretrain": 0.9151,
+             "lab2c_oneshot": 0.8941, "lab2d_iterative": 0.8921, "lab2e_global": 0.8984,
+             "lab3c_4bit": 0.9148, "lab3c_3bit": 0.9063, "lab3c_2bit": 0.8550,
+             "lab3d_4bit": 0.9033, "lab3d_3bit": 0.8839, "lab3d_2bit": 0.3590}
 
 
 def get(name):

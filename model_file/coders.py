@@ -1,6 +1,4 @@
-"""Arrays of small integers as bytes, and back: fixed width, bit mask, Huffman, range and context
-coding.
-"""
+"""Arrays of small integers as bytes, and back."""
 
 import math
 from typing import NamedTuple
@@ -18,9 +16,7 @@ class CompressionError(ValueError):
 
 
 class Alphabet(NamedTuple):
-    """What is known of an array before it is decoded: its symbols are 0 to n_levels - 1; `zero` is
-    the pruned one.
-    """
+    """What is known of an array beforehand: symbols 0 to n_levels - 1; `zero` is the pruned one."""
 
     shape: tuple
     n_levels: int
@@ -39,11 +35,9 @@ class Alphabet(NamedTuple):
 def encode(coder, arrays, alphabets):
     """Return `arrays` of integers, one for each of `alphabets`, as bytes. coder: a key of CODERS.
     """
-    told = [
-        (np.asarray(array, np.int64).ravel(), a)
-        for array, a in zip(arrays, alphabets, strict=True)
-        if a.is_told
-    ]
+    told = [(np.asarray(array, np.int64).ravel(), a)
+            for array, a in zip(arrays, alphabets, strict=True)
+            if a.is_told]
     return CODERS[coder][0]([array for array, _ in told], [a for _, a in told])
 
 
@@ -66,15 +60,12 @@ def decode(coder, data, alphabets):
     if CODERS[coder][0](arrays, told) != data:
         raise CompressionError("symbols cannot be decoded: the encoder writes other bytes for them")
     decoded = iter(arrays)
-    return [
-        (next(decoded) if a.is_told else np.zeros(a.size, np.int64)).reshape(a.shape)
-        for a in alphabets
-    ]
+    return [(next(decoded) if a.is_told else np.zeros(a.size, np.int64)).reshape(a.shape)
+            for a in alphabets]
 
 
 def entropy_bytes(arrays, alphabets):
-    """Return the empirical entropy of the arrays, in bytes, each symbol's probability being its
-    share in its array.
+    """Return the empirical entropy of the arrays, in bytes, by the histogram of each.
 
     No coder that goes by the histograms alone can be shorter; one that looks at neighbours can.
     Source: Shannon, "A Mathematical Theory of Communication", 1948, theorem 9.
@@ -95,9 +86,7 @@ def _histogram(array, alphabet):
 
 
 class ByteReader:
-    """Takes bytes off the front; raises CompressionError, naming `what` they are, if too few or too
-    many are there.
-    """
+    """Takes bytes off the front; raises CompressionError if too few or too many are there."""
 
     def __init__(self, data, what):
         self.data, self.what, self.position = data, what, 0
@@ -123,19 +112,15 @@ class ByteReader:
 def to_bits(values, width):
     """Return non-negative integers as an array of bits, `width` bits each, the highest bit first.
     """
-    return (
-        (np.asarray(values, np.int64).reshape(-1, 1) >> np.arange(width)[::-1] & 1)
-        .astype(np.uint8)
-        .ravel()
-    )
+    return ((np.asarray(values, np.int64).reshape(-1, 1) >> np.arange(width)[::-1] & 1)
+            .astype(np.uint8)
+            .ravel())
 
 
 def _from_bits(bits, width):
-    return (
-        bits.reshape(-1, width) @ (1 << np.arange(width, dtype=np.int64)[::-1])
-        if width
-        else np.zeros(0, np.int64)
-    )
+    return (bits.reshape(-1, width) @ (1 << np.arange(width, dtype=np.int64)[::-1])
+            if width
+            else np.zeros(0, np.int64))
 
 
 def pack(chunks):
@@ -181,10 +166,8 @@ def _encode_bitmask(arrays, alphabets):
     chunks = []
     for array, a in zip(arrays, alphabets):
         kept = array[array != a.zero]
-        chunks += [
-            to_bits(array != a.zero, 1),
-            to_bits(kept - (kept > a.zero), (a.n_levels - 2).bit_length()),
-        ]
+        chunks += [to_bits(array != a.zero, 1),
+                   to_bits(kept - (kept > a.zero), (a.n_levels - 2).bit_length())]
     return pack(chunks)
 
 
@@ -204,15 +187,11 @@ def _decode_bitmask(data, alphabets):
 
 
 def _encode_counts(arrays, alphabets):
-    """Return the histograms as bytes; the last count of each is left out, as all add up to the
-    array's size.
-    """
-    return pack(
-        [
-            to_bits(_histogram(array, a)[:-1], a.size.bit_length())
-            for array, a in zip(arrays, alphabets)
-        ]
-    )
+    """Return the histograms as bytes; the last count of each follows from the array's size."""
+    return pack([
+                    to_bits(_histogram(array, a)[:-1], a.size.bit_length())
+                    for array, a in zip(arrays, alphabets)
+                ])
 
 
 def _decode_counts(data, alphabets):
@@ -252,8 +231,7 @@ def _decode_huffman(data, alphabets):
 
 
 def _model(counts):
-    """Return the range coder's model of a histogram: integers that add up to 2^16, none of them
-    zero.
+    """Return the range coder's model of a histogram: positive integers that add up to 2^16.
 
     With such weights the library's own scaling, to 24 bits, is exact in float64 and so the same on
     any machine.
@@ -273,10 +251,8 @@ def _encode_range(arrays, alphabets):
 def _decode_range(data, alphabets):
     histograms, words = _decode_counts(data, alphabets)
     coder = stream.queue.RangeDecoder(words)
-    return [
-        coder.decode(_model(counts), a.size).astype(np.int64)
-        for a, counts in zip(alphabets, histograms)
-    ]
+    return [coder.decode(_model(counts), a.size).astype(np.int64)
+            for a, counts in zip(alphabets, histograms)]
 
 
 # ---------------------------------------------------------------- by context

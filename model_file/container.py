@@ -59,17 +59,13 @@ class Record(NamedTuple):
         return Alphabet(self.shape, self.n_levels, self.zero)
 
     def float_layout(self, float_bits):
-        """Return (rows, bits) of its floats. Levels and steps scale whole channels, so they keep 16
-        bits.
-        """
+        """Return (rows, bits) of its floats; levels and steps keep 16 bits."""
         rows = self.shape[0] if self.kind == "float" and len(self.shape) > 1 else 1
         return rows, max(float_bits, 16) if self.kind in ("levels", "steps") else float_bits
 
 
 class Part(NamedTuple):
-    """A tensor in its file: `floats` are what its kind needs of them; `symbols` (int64, of its
-    shape) may be None.
-    """
+    """A tensor in its file: the floats of its kind, and symbols (int64, of its shape) or None."""
 
     record: Record
     floats: np.ndarray
@@ -144,13 +140,11 @@ def read(data, expected):
     parts = [_read_part(record, symbols.get(record.name), floats, float_bits) for record in records]
     floats.end()
     sections = {"header": START.size + HEADER.size, "table": n_table, "floats": n_floats}
-    return (
-        num_layers,
-        CODERS[coder],
-        float_bits,
-        sections | {"symbols": len(data) - sum(sections.values())},
-        parts,
-    )
+    return (num_layers,
+            CODERS[coder],
+            float_bits,
+            sections | {"symbols": len(data) - sum(sections.values())},
+            parts)
 
 
 def _read_table(packed, expected):
@@ -211,21 +205,17 @@ def _read_symbols(coder, records, reader):
 
 
 def _read_part(record, symbols, floats, float_bits):
-    size = {
-        "float": math.prod(record.shape),
-        "levels": record.n_levels,
-        "steps": record.shape[0],
-        "codes": 0,
-    }
+    size = {"float": math.prod(record.shape),
+            "levels": record.n_levels,
+            "steps": record.shape[0],
+            "codes": 0}
     n = int(symbols.sum()) if record.kind == "masked" else size[record.kind]
     rows, bits = record.float_layout(float_bits)
     return Part(record, decode_floats(floats, (rows, n // rows), bits).ravel(), symbols)
 
 
 def value_of(part):
-    """Return the tensor that a Part stands for, float32. Raises CompressionError if it is beyond
-    float32's range.
-    """
+    """Return the tensor of a Part, float32; raises CompressionError beyond float32's range."""
     record, floats, symbols = part
     if record.kind == "float":
         return floats.reshape(record.shape)
@@ -269,8 +259,7 @@ def encode_floats(values, bits):
 
 
 def decode_floats(reader, shape, bits):
-    """Take what encode_floats wrote for values of `shape`, (rows, columns), off a ByteReader;
-    return them, float32.
+    """Return values of `shape`, (rows, columns), float32, taken off a ByteReader.
 
     Raises CompressionError if there are too few bytes or a value is NaN or infinite.
     """

@@ -1,5 +1,4 @@
-"""How likely each symbol of a weight tensor is, given those before it: the model behind the
-"context" coder.
+"""How likely each symbol of a weight tensor is, given those before it.
 
 Trained kernels are not noise: a filter or an input channel that has many zeros has more of them,
 zeros lie beside zeros, and neighbouring weights tend to have one sign. The model learns how strong
@@ -26,9 +25,7 @@ FILTER, CHANNEL, BY = 10, 8, 16
 
 
 def _root16(x):
-    """Return the 16th root of an integer, rounded down, exactly; floating-point logarithms differ
-    among machines.
-    """
+    """Return the 16th root of an integer, rounded down, exactly, on any machine."""
     return math.isqrt(math.isqrt(math.isqrt(math.isqrt(x))))
 
 
@@ -49,16 +46,12 @@ def _exp(v):
 
 
 def log_odds(nonzeros, size):
-    """Return about 16 log2(non-zeros / zeros) of an array of `size` symbols, as an integer from
-    -127 to 127.
-    """
+    """Return about 16 log2(non-zeros / zeros) of `size` symbols, an integer from -127 to 127."""
     return int(np.clip(_log(2 * nonzeros + 1) - _log(2 * (size - nonzeros) + 1), -127, 127))
 
 
 class _Contexts:
-    """Counts of zeros and ones in each context, and from them the probability of the next bit
-    there.
-    """
+    """Counts of zeros and ones in each context, and so the probability of the next bit there."""
 
     def __init__(self, starts):
         """starts: the log odds of a one that each context begins with."""
@@ -72,9 +65,7 @@ class _Contexts:
         self.counts = np.stack([FIRST - ones, ones], axis=1)
 
     def code(self, coder, contexts, bits):
-        """Encode `bits`, or decode as many as there are `contexts` if None; return them (0 or 1)
-        and count them.
-        """
+        """Encode `bits`, or decode one for each context if None; return them (0 or 1), counted."""
         counts = self.counts[contexts]
         ones = np.clip((counts[:, 1] << 16) // counts.sum(1), 1, 2**16 - 1)
         bits = coder(np.stack([2**16 - ones, ones], axis=1), bits)
@@ -138,9 +129,7 @@ class ContextModel:
         return (values + alphabet.zero).ravel()
 
     def _position(self, alphabet, score, neighbours, distance, wanted):
-        """Code one position of all kernels; arrays are (out, in). Returns the values, symbols minus
-        zero.
-        """
+        """Code one position of all kernels, (out, in); return the values, symbols minus zero."""
 
         def told(what):  # while encoding; None while decoding
             return None if wanted is None else what()
@@ -171,9 +160,7 @@ class ContextModel:
 
 
 def _score(density, nonzero):
-    """Return estimated log odds of "not zero" at the next position, (out, in). nonzero: (out, in,
-    positions coded).
-    """
+    """Return estimated log odds of "not zero" at the next position, (out, in)."""
     n_out, n_in, p = nonzero.shape
     odds = _exp(density)
     score = density + KERNEL * nonzero.sum(2) + POSITION * p

@@ -34,25 +34,19 @@ METHODS = {  # name: (coder, float_bits); 32 bits give the net's logits exactly
 
 
 def stored_shapes(net):
-    """Return {name: shape} of what a file of `net` holds: its parameters and, for BatchNorms, (2,
-    channels).
-    """
+    """Return {name: shape} of what a file holds: parameters and, for BatchNorms, (2, channels)."""
     shapes = {}
     for name, module in net.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             shapes[name] = (2, module.num_features)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            shapes |= {
-                f"{name}.{key}": tuple(parameter.shape)
-                for key, parameter in module.named_parameters()
-            }
+            shapes |= {f"{name}.{key}": tuple(parameter.shape)
+                       for key, parameter in module.named_parameters()}
     return shapes
 
 
 def _scale_and_shift(norm):
-    """Return (2, channels): what F.batch_norm multiplies with and adds in evaluation, to the last
-    bit, by asking it.
-    """
+    """Return (2, channels): what F.batch_norm multiplies with and adds, to the last bit."""
     x, zeros = torch.ones(1, norm.num_features, 1, 1), torch.zeros(norm.num_features)
     scale = F.batch_norm(x, zeros, norm.running_var, norm.weight, zeros, eps=norm.eps)
     shift = F.batch_norm(
@@ -69,9 +63,7 @@ def _set_scale_and_shift(norm, values):
 
 
 def _values(net):
-    """Return ({name: array} of what _stored names, weights quantized, {name: step of each channel}
-    where learned).
-    """
+    """Return {name: array} of what a file holds, weights quantized, and {name: learned steps}."""
     values, steps = {}, {}
     for name, module in net.named_modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -87,16 +79,12 @@ def _values(net):
 
 
 def _codes(value, step):
-    """Return the integers that give `value`, exactly, when multiplied with the steps, or None if
-    there are none.
-    """
+    """Return the integers that give `value`, exactly, times the steps, or None if none do."""
     codes = np.round(value / along_channels(step, value)).astype(np.int64)
     few = max(codes.max(), 0) - min(codes.min(), 0) < coders.MAX_LEVELS
-    return (
-        codes
-        if few and np.array_equal(codes.astype(np.float32) * along_channels(step, value), value)
-        else None
-    )
+    return (codes
+            if few and np.array_equal(codes.astype(np.float32) * along_channels(step, value), value)
+            else None)
 
 
 def _drop_idle_scales(values):
@@ -124,19 +112,15 @@ def _fold_steps(values, steps):
 
 
 def _part(name, value, step, coder, float_bits):
-    """Return the Part that tells a tensor exactly, as symbols where it has few values or many
-    zeros.
-    """
+    """Return the Part of a tensor, with symbols where it has few values or many zeros."""
     plain = Part(Record(name, value.shape, "float"), value, None)
     if coder == "none" or not name.endswith(".weight"):
         return plain
     codes = None if step is None else _codes(value, step)
     if codes is not None:
-        low, high, folded = (
-            int(min(codes.min(), 0)),
-            int(max(codes.max(), 0)),
-            bool((step == 1).all()),
-        )
+        low, high, folded = (int(min(codes.min(), 0)),
+                             int(max(codes.max(), 0)),
+                             bool((step == 1).all()))
         record = Record(name, value.shape, "codes" if folded else "steps", high - low + 1, -low)
         return Part(record, step[:0] if folded else step, codes - low)
     levels, symbols = np.unique(value, return_inverse=True)
@@ -151,9 +135,7 @@ def _part(name, value, step, coder, float_bits):
 
 @torch.no_grad()
 def _snapshot(net):
-    """Return what _values does, of a copy of `net` in float32 on the CPU; raises as compress does
-    for a bad net.
-    """
+    """Return _values of a float32 copy of `net` on the CPU; raises as compress does."""
     if not isinstance(net, ResNetCIFAR):
         raise TypeError(f"net must be a ResNetCIFAR, got {type(net).__name__}")
     if net.num_layers > container.MAX_LAYERS:
@@ -167,9 +149,7 @@ def _snapshot(net):
 
 
 def _parts(snapshot, coder, float_bits):
-    """Return the Parts of all that is stored of a net; raises as compress does for the other
-    arguments.
-    """
+    """Return the Parts of all that is stored of a net; raises as compress does."""
     check(container.CODERS, coder=coder)
     check(container.FLOAT_BITS, float_bits=float_bits)
     values, steps = ({name: array.copy() for name, array in arrays.items()} for arrays in snapshot)
@@ -191,8 +171,7 @@ def _check_finite(tensors):
 
 
 def compress(net, coder="context", float_bits=32):
-    """Return `net`, a ResNetCIFAR on any device, as the bytes of a file (its layout is in
-    container.py).
+    """Return `net`, a ResNetCIFAR on any device, as the bytes of a file (see container.py).
 
     coder: how weights of few values become bytes, a key of coders.CODERS, or "none": as floats like
     the rest. float_bits: of all other values. 32 keeps them, and with them the logits in evaluation
@@ -238,17 +217,14 @@ def _expected(num_layers):
 def compress_all(net):
     """Return {method: the bytes of a file} for each of METHODS; raises as compress does."""
     snapshot = _snapshot(net)
-    return {
-        method: container.write(
-            net.num_layers, coder, float_bits, _parts(snapshot, coder, float_bits)
-        )
-        for method, (coder, float_bits) in METHODS.items()
-    }
+    return {method: container.write(
+                net.num_layers, coder, float_bits, _parts(snapshot, coder, float_bits)
+            )
+            for method, (coder, float_bits) in METHODS.items()}
 
 
 def entropy_bound(net):
-    """Return the bytes of a file without header whose symbols take exactly their entropy, see
-    coders.entropy_bytes.
+    """Return the bytes of a file without header whose symbols take exactly their entropy.
 
     The floats count with 32 bits. A bound on "Huffman" and "range"; "context" can be smaller, as it
     does not take weights for independent.
@@ -260,10 +236,10 @@ def entropy_bound(net):
 
 
 def describe(data):
-    """Return ({section: bytes}, [(record, fraction of zeros, bytes of floats, bytes of symbols)])
-    of a file's bytes.
+    """Return where the bytes of a file are, by section and by tensor.
 
-    Sections add up to the file; the tensors' bytes to the sections "floats" and "symbols". A
+    {section: bytes} and [(record, fraction of zeros, bytes of floats, bytes of symbols)]. Sections
+    add up to the file; the tensors' bytes to the sections "floats" and "symbols". A
     tensor's symbols count as what the coder writes more for it than for those before it. Raises as
     decompress does.
     """

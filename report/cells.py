@@ -55,7 +55,7 @@ def _check_executed(cell, where):
 
 
 def tags(cell):
-    """Return the tags of a cell, as Jupyter Book and nbconvert know them: remove-input and others."""
+    """Return the tags of a cell; remove-input and others are those of Jupyter Book."""
     return cell.get("metadata", {}).get("tags", [])
 
 

@@ -156,7 +156,7 @@ def export(document, source, out, **cover):
 
 
 def main(arguments=None):
-    """Export from the command line; STUDENT, NETID and SOURCE_DATE_EPOCH are from the environment."""
+    """Command line; STUDENT, NETID and SOURCE_DATE_EPOCH are read from the environment."""
     parser = argparse.ArgumentParser(prog="python -m report.export", description=__doc__)
     parser.add_argument("--from", dest="source", type=Path, default=ROOT / "build", metavar="DIR",
                         help="folder of the executed notebooks (default: build)")

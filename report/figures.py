@@ -1,6 +1,7 @@
 """What the notebooks show: plots that take data and an Axes, Markdown tables, and source code."""
 
 import inspect
+import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,12 +20,10 @@ MARKERS = ("o", "s", "^", "D", "v", "x", "P", "*")
 
 def style(i):
     """Return the plot keywords of the i-th series: a colour with its own line style and marker."""
-    return {
-        "color": COLORS[i % 5],
-        "linestyle": LINES[i % 5],
-        "marker": MARKERS[i % 8],
-        "markersize": 4,
-    }
+    return {"color": COLORS[i % 5],
+            "linestyle": LINES[i % 5],
+            "marker": MARKERS[i % 8],
+            "markersize": 4}
 
 
 def axes(columns=1):
@@ -40,9 +39,14 @@ def percent(fraction):
     return f"{100 * float(fraction):.2f}"
 
 
+def signed(difference):
+    """Return a difference of fractions in points, with its sign: 0.0012 gives '+0.12'."""
+    return f"{100 * float(difference):+.2f}"
+
+
 def points(difference):
-    """Return a difference of two fractions in percentage points: 0.0012 gives '+0.12 points'."""
-    return f"{100 * float(difference):+.2f} points"
+    """Return a difference of two fractions as words: 0.0012 gives '+0.12 points'."""
+    return f"{signed(difference)} points"
 
 
 # ---------------------------------------------------------------- tables and source
@@ -53,23 +57,22 @@ def answer(text, in_short=None):
     display(Markdown(f"**Answer.** {text}"), metadata={"in_short": in_short} if in_short else None)
 
 
-def table(header, rows):
-    """Return a Markdown table to be displayed: `header` of strings, `rows` of cells; first column
-    left-aligned.
+def table(header, rows, text_columns=1):
+    """Return a Markdown table to be displayed: `header` of strings, `rows` of cells.
+
+    text_columns: how many columns, from the left, are text and aligned left; the others are
+    numbers.
     """
-    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
-    return Markdown(
-        "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-    )
+    rule = [":--"] * text_columns + ["--:"] * (len(header) - text_columns)
+    lines = ("| " + " | ".join(map(str, line)) + " |" for line in [header, rule, *rows])
+    return Markdown("\n".join(lines))
 
 
 def show_source(*objects):
-    """Return the source of functions or classes, as their modules hold it, as highlighted code to
-    be displayed.
-    """
-    return Markdown(
-        "```python\n" + "\n\n".join(inspect.getsource(o).rstrip() for o in objects) + "\n```"
-    )
+    """Display the source of functions or classes, as their modules hold it, highlighted."""
+    for one in objects:
+        source = textwrap.dedent(inspect.getsource(one)).rstrip()
+        display(Markdown(f"```python\n{source}\n```"))
 
 
 # ---------------------------------------------------------------- Lab 1
@@ -126,20 +129,17 @@ def plot_curves(curves, ax, xlabel, ylabel, baseline=None):
 
 
 def plot_groups(W, ax, largest=None):
-    """Draw the magnitudes of W, (groups, elements), as shades of grey, a cross where W is exactly
-    0; returns ax.
+    """Draw |W|, (groups, elements), as shades of grey, a cross where W is 0; returns ax.
 
     largest: the magnitude that is black, that of W if None.
     """
     shades = ax.imshow(np.abs(W), cmap="Greys", vmin=0, vmax=largest, aspect="auto")
     group, element = np.nonzero(np.asarray(W) == 0)
     ax.scatter(element, group, marker="x", s=16, linewidth=1, color=COLORS[1])
-    ax.set(
-        xlabel="element of the group",
-        ylabel="group",
-        xticks=range(W.shape[1]),
-        yticks=range(W.shape[0]),
-    )
+    ax.set(xlabel="element of the group",
+           ylabel="group",
+           xticks=range(W.shape[1]),
+           yticks=range(W.shape[0]))
     ax.set_xticklabels(range(1, W.shape[1] + 1))
     ax.set_yticklabels(range(1, W.shape[0] + 1))
     ax.figure.colorbar(shades, ax=ax, label="magnitude")
@@ -169,30 +169,24 @@ def plot_history(history, ax, baseline=None):
 
     history: the record's list of epochs; baseline as in plot_accuracy.
     """
-    curves = {
-        "training": {e["epoch"]: e["train_accuracy"] for e in history},
-        "test": {e["epoch"]: e["test_accuracy"] for e in history if "test_accuracy" in e},
-    }
+    curves = {"training": {e["epoch"]: e["train_accuracy"] for e in history},
+              "test": {e["epoch"]: e["test_accuracy"] for e in history if "test_accuracy" in e}}
     return plot_accuracy(curves, ax, "epoch", baseline)
 
 
 def plot_layers(series, ax, ylabel, ylim=None):
-    """Draw fractions of every layer as bars in %. series: {label: {layer: fraction}}, the same
-    layers; returns ax.
-    """
+    """Draw fractions of layers as bars in %. series: {label: {layer: fraction}}; returns ax."""
     width = 0.8 / len(series)
     for i, (label, layers) in enumerate(series.items()):
         x = np.arange(len(layers)) + (i - (len(series) - 1) / 2) * width
-        ax.bar(
-            x,
-            [100 * value for value in layers.values()],
-            width,
-            label=label,
-            color=COLORS[i % 5],
-            alpha=0.85,
-            hatch=("", "///", "...")[i % 3],
-            edgecolor="white",
-        )
+        ax.bar(x,
+               [100 * value for value in layers.values()],
+               width,
+               label=label,
+               color=COLORS[i % 5],
+               alpha=0.85,
+               hatch=("", "///", "...")[i % 3],
+               edgecolor="white")
     names = [
         name.replace("body_op.", "").removesuffix(".0") for name in next(iter(series.values()))
     ]
@@ -206,9 +200,7 @@ def plot_layers(series, ax, ylabel, ylim=None):
 
 
 def plot_weights(weights, quantized, ax):
-    """Draw the histogram of a layer's weights and, as vertical lines, the levels they are quantized
-    to; returns ax.
-    """
+    """Draw the histogram of a layer's weights and the levels as lines; returns ax."""
     levels = np.unique(quantized)
     ax.hist(np.ravel(weights), bins=80, color="0.6")
     for level in levels:
@@ -218,9 +210,7 @@ def plot_weights(weights, quantized, ax):
 
 
 def broken_axes():
-    """Return two Axes, 7.5 x 5 inches together, that share x: the lower one continues y where the
-    upper one ends.
-    """
+    """Return two Axes that share x: the lower one continues y where the upper one ends."""
     _, pair = plt.subplots(
         2, figsize=(7.5, 5), dpi=DPI, layout="constrained", sharex=True, height_ratios=(4, 1)
     )
@@ -228,16 +218,14 @@ def broken_axes():
     pair[0].tick_params(axis="x", which="both", bottom=False)
     pair[1].spines["top"].set_visible(False)
     for ax, y in zip(pair, (0, 1)):  # a slanted stroke at either end of the cut
-        ax.plot(
-            (0, 1),
-            (y, y),
-            transform=ax.transAxes,
-            marker=((-1, -0.5), (1, 0.5)),
-            color="black",
-            markersize=8,
-            linestyle="none",
-            clip_on=False,
-        )
+        ax.plot((0, 1),
+                (y, y),
+                transform=ax.transAxes,
+                marker=((-1, -0.5), (1, 0.5)),
+                color="black",
+                markersize=8,
+                linestyle="none",
+                clip_on=False)
     return pair
 
 
@@ -252,16 +240,12 @@ def plot_size(methods, pair, cut, baseline=None, limit=None):
     upper, lower = pair
     for i, (label, models) in enumerate(methods.items()):
         for ax in pair:
-            inside = [
-                (size, 100 * accuracy)
-                for size, accuracy in models.values()
-                if (accuracy > cut) == (ax is upper)
-            ]
-            ax.plot(
-                *zip(*inside or [(np.nan, np.nan)]),
-                label=label,
-                **(style(i) | {"linestyle": "none"}),
-            )
+            inside = [(size, 100 * accuracy)
+                      for size, accuracy in models.values()
+                      if (accuracy > cut) == (ax is upper)]
+            ax.plot(*zip(*inside or [(np.nan, np.nan)]),
+                    label=label,
+                    **(style(i) | {"linestyle": "none"}))
     numbered = list(
         enumerate(dict.fromkeys(model for models in methods.values() for model in models), start=1)
     )

@@ -3,7 +3,6 @@ files, odd arguments.
 """
 
 import ast
-import copy
 import dataclasses
 import json
 import os
@@ -20,24 +19,37 @@ import pytest
 import torch
 
 import cifar10
-import experiments
 import train_utils
-from conftest import REPOSITORY
+from conftest import REPOSITORY, make_net, same, state_of
+from experiments import runs
+from experiments.run import build, train_run
 from files import atomic_write, check_writable
-from test_train_utils import make_net, same
-from train_utils import atomic_save, fit, train
+from FP_layers import Learned
+from train_utils import fit, train
+from training import journal
+from training.batches import Batches
+from training.checkpoints import atomic_save
+from training.journal import Journal
+from training.recipe import Recipe
 
-RECIPE = dict(batch_size=64, lr=0.05, weight_decay=1e-3, schedule="constant", seed=3)
+RECIPE = Recipe(epochs=3, batch_size=64, lr=0.05, weight_decay=1e-3)
+ONE_EPOCH = dataclasses.replace(RECIPE, epochs=1)
+
+
+def train_net(net, data, recipe=RECIPE, state_path=None, seed=3):
+    return fit(net, recipe, data, seed=seed, journal=Journal(state_path=state_path))
 
 
 @pytest.fixture(scope="module")
 def after(small_cifar):
-    """The state of make_net() after 1, 2 and 3 epochs without any fault."""
+    """The state of make_net() before and after 1, 2 and 3 epochs without any fault."""
     states = []
     net = make_net()
-    fit(net, epochs=3, data=small_cifar, **RECIPE,
-        before_epoch=lambda *_: states.append(copy.deepcopy(net.state_dict())))
-    return [*states, net.state_dict()]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train_utils, "prune_before_epoch",
+                        lambda net, *_: states.append(state_of(net)))
+        train_net(net, small_cifar)
+    return [*states, state_of(net)]
 
 
 # ---------------------------------------------------------------- Ctrl-C
@@ -68,17 +80,18 @@ def interrupt_in_step(net, step):
 
 
 @pytest.mark.parametrize("pruned_in", [None, 2])
-def test_ctrl_c_leaves_the_last_whole_epoch(small_cifar, after, pruned_in):
+def test_ctrl_c_leaves_the_last_whole_epoch(monkeypatch, small_cifar, after, pruned_in):
     """Four steps an epoch; the seventh is in the middle of the second, whose pruning is undone too.
     """
-    def before_epoch(epoch, net):
+    def prune(net, pruning, epoch):
         if epoch == pruned_in:
             torch.nn.init.zeros_(net.body_op[0].conv1[0].conv.weight)
 
+    monkeypatch.setattr(train_utils, "prune_before_epoch", prune)
     net = make_net()
     hook = interrupt_in_step(net, 7)
     with pytest.raises(KeyboardInterrupt):
-        fit(net, epochs=3, data=small_cifar, before_epoch=before_epoch, **RECIPE)
+        train_net(net, small_cifar)
     hook.remove()
     assert same(net.state_dict(), after[1])
 
@@ -87,9 +100,9 @@ def test_after_ctrl_c_training_goes_on_to_the_same_bits(small_cifar, after, tmp_
     net = make_net()
     hook = interrupt_in_step(net, 7)
     with pytest.raises(KeyboardInterrupt):
-        fit(net, epochs=3, data=small_cifar, state_path=tmp_path / "state.pt", **RECIPE)
+        train_net(net, small_cifar, state_path=tmp_path / "state.pt")
     hook.remove()
-    fit(net, epochs=3, data=small_cifar, state_path=tmp_path / "state.pt", **RECIPE)
+    train_net(net, small_cifar, state_path=tmp_path / "state.pt")
     assert same(net.state_dict(), after[3])
 
 
@@ -101,9 +114,9 @@ def test_a_whole_epoch_is_kept_when_its_state_cannot_be_written(
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(train_utils, "atomic_save", interrupted)
+    monkeypatch.setattr(journal, "atomic_save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fit(net, epochs=3, data=small_cifar, state_path=tmp_path / "state.pt", **RECIPE)
+        train_net(net, small_cifar, state_path=tmp_path / "state.pt")
     assert same(net.state_dict(), after[1])
 
 
@@ -128,12 +141,13 @@ def test_out_of_memory_suggests_a_smaller_batch_and_keeps_what_was_reached(
     net = make_net()
     hook = out_of_memory_in_step(net, 7)
     with pytest.raises(
-        torch.OutOfMemoryError, match="epoch 2 with batch_size=64; try batch_size=32.*2.00 GiB"
+        torch.OutOfMemoryError,
+        match="epoch 2: out of memory with batch_size=64; try batch_size=32.*2.00 GiB",
     ):
-        fit(net, epochs=3, data=small_cifar, state_path=tmp_path / "state.pt", **RECIPE)
+        train_net(net, small_cifar, state_path=tmp_path / "state.pt")
     hook.remove()
     assert same(net.state_dict(), after[1])
-    fit(net, epochs=3, data=small_cifar, state_path=tmp_path / "state.pt", **RECIPE)
+    train_net(net, small_cifar, state_path=tmp_path / "state.pt")
     assert same(net.state_dict(), after[3])
 
 
@@ -144,14 +158,17 @@ TINY = """
 import sys
 sys.path[:0] = [{folder!r}, {repository!r}]
 import torch
-import experiments, train_utils
+import train_utils
 from cifar10 import CIFAR10
+from experiments import run, runs
+from training.recipe import Recipe
 
 torch.set_num_threads({threads})
 data = CIFAR10(*torch.load({data!r}, weights_only=True))
 train_utils.get_data = lambda device: data
-experiments.RUNS = {{"pretrain": experiments.Run("pretrain", "a tiny run", start_from=None, epochs=2, batch_size=64,
-                                                 lr=0.01, keep="last")}}
+recipe = Recipe(epochs=2, batch_size=64, lr=0.01)
+runs.RUNS = {{"pretrain": runs.Run("pretrain", "a tiny run", start_from=None, keep="last",
+                                  recipe=recipe)}}
 """
 KILL = """
 import os, signal
@@ -177,8 +194,8 @@ def tiny_run(small_cifar, tmp_path):
     torch.save([tensor[:128].clone() for tensor in small_cifar], tmp_path / "data.pt")
 
     def run(folder, kill=""):
-        folder.mkdir(exist_ok=True)
-        shutil.copy(experiments.__file__, folder)
+        shutil.copytree(REPOSITORY / "experiments", folder / "experiments", dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("__pycache__"))
         script = (
             TINY.format(
                 folder=str(folder),
@@ -187,7 +204,7 @@ def tiny_run(small_cifar, tmp_path):
                 data=str(tmp_path / "data.pt"),
             )
             + kill
-            + "experiments.train_run('pretrain')\n"
+            + "run.train_run('pretrain')\n"
         )
         command = [sys.executable, "-c", script]
         process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
@@ -314,7 +331,7 @@ def test_a_disk_that_fills_up_in_training_costs_nothing_but_time(disk, small_cif
     folder, full = disk
     state_path = folder / "state.pt"
     net = make_net()
-    fit(net, epochs=1, data=small_cifar, state_path=state_path, **RECIPE)
+    train_net(net, small_cifar, ONE_EPOCH, state_path)
     before = state_path.read_bytes()
     with (
         full(),
@@ -322,13 +339,13 @@ def test_a_disk_that_fills_up_in_training_costs_nothing_but_time(disk, small_cif
             OSError, match="cannot write .*state.pt .*(No space|too large).*; what was there"
         ),
     ):
-        fit(net, epochs=3, data=small_cifar, state_path=state_path, **RECIPE)
+        train_net(net, small_cifar, state_path=state_path)
     assert (
         state_path.read_bytes() == before
         and [path.name for path in folder.iterdir() if ".part" in path.name] == []
     )
     assert same(net.state_dict(), after[2])  # which was whole; only its state is not on the disk
-    fit(net, epochs=3, data=small_cifar, state_path=state_path, **RECIPE)
+    train_net(net, small_cifar, state_path=state_path)
     assert same(net.state_dict(), after[3])
 
 
@@ -372,7 +389,7 @@ def a_folder(tmp_path):
 
 
 UNTRAINED = [
-    lambda net, data, path: fit(net, epochs=1, data=data, state_path=path, **RECIPE),
+    lambda net, data, path: train_net(net, data, ONE_EPOCH, path),
     lambda net, data, path: train(net, 1, 64, 0.1, 0.0, checkpoint=path),
     lambda net, data, path: train_utils.finetune(net, 1, 64, 0.1, 0.0, checkpoint=path),
     lambda net, data, path: atomic_save({}, path),
@@ -414,10 +431,10 @@ def test_asking_whether_a_path_can_be_written_leaves_it_as_it_is(tmp_path):
 @pytest.fixture
 def run_elsewhere(monkeypatch, small_cifar):
     """experiments with one tiny run, whose checkpoints go where the test says."""
-    tiny = dataclasses.replace(experiments.RUNS["pretrain"], epochs=1, batch_size=64, name="tiny")
-    monkeypatch.setattr(experiments, "RUNS", {"tiny": tiny})
+    tiny = dataclasses.replace(runs.RUNS["pretrain"], recipe=ONE_EPOCH, name="tiny")
+    monkeypatch.setattr(runs, "RUNS", {"tiny": tiny})
     monkeypatch.setattr(train_utils, "get_data", lambda device: small_cifar)
-    return lambda folder: experiments.train_run("tiny", folder)
+    return lambda folder: train_run("tiny", folder)
 
 
 def test_unwritable_checkpoints_stop_a_run_before_it_trains(monkeypatch, run_elsewhere, read_only):
@@ -438,30 +455,26 @@ class Bomb:
 
 
 @pytest.mark.parametrize("state", [
-    Bomb(), {"net": Bomb(), "optimizer": {}, "history": [], "best": {}, "tag": None},
+    Bomb(),
+    {"net": Bomb(), "optimizer": {}, "average": None, "history": [], "best": {}, "tag": None},
 ], ids=["malicious", "malicious inside"])
 def test_a_malicious_state_is_refused_and_never_runs(monkeypatch, small_cifar, tmp_path, state):
     monkeypatch.chdir(tmp_path)
     torch.save(state, "state.pt")
     with pytest.raises(ValueError, match="state.pt cannot be resumed from"):
-        fit(make_net(), epochs=1, data=small_cifar, state_path=tmp_path / "state.pt", **RECIPE)
+        train_net(make_net(), small_cifar, state_path=tmp_path / "state.pt")
     assert not (tmp_path / "boom").exists()
     torch.load("state.pt", weights_only=False)
     assert (tmp_path / "boom").exists()  # it was armed
 
 
 def test_a_state_of_another_architecture_is_refused(small_cifar, tmp_path):
-    fit(
-        make_net(quantizer="learned", Nbits=2),
-        epochs=1,
-        data=small_cifar,
-        state_path=tmp_path / "state.pt",
-        **RECIPE,
-    )
+    other = make_net(quantizer=Learned, Nbits=2)
+    train_net(other, small_cifar, ONE_EPOCH, tmp_path / "state.pt")
     net = make_net()
-    before = copy.deepcopy(net.state_dict())
+    before = state_of(net)
     with pytest.raises(ValueError, match="(?s)state.pt cannot be resumed from.*delete it"):
-        fit(net, epochs=2, data=small_cifar, state_path=tmp_path / "state.pt", **RECIPE)
+        train_net(net, small_cifar, state_path=tmp_path / "state.pt")
     assert same(net.state_dict(), before)
 
 
@@ -503,13 +516,15 @@ def test_unsafe_loads_are_found(line, unsafe):
     assert bool(unsafe_loads(f"import torch\n\nx = {line}")) == unsafe
 
 
-SOURCES = sorted(
-    path for pattern in ("*.py", "*.ipynb", "benchmarks/*.py") for path in REPOSITORY.glob(pattern)
-)
+PACKAGES = ("training", "experiments", "model_file", "report", "benchmarks")
+MODULES = sorted(str(path.relative_to(REPOSITORY)) for pattern in ("*.py", *(f"{package}/*.py"
+                 for package in PACKAGES)) for path in REPOSITORY.glob(pattern))
+NOTEBOOKS = sorted(path.name for path in REPOSITORY.glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_nothing_here_loads_what_could_run(path):
+@pytest.mark.parametrize("name", [*MODULES, *NOTEBOOKS])
+def test_nothing_here_loads_what_could_run(name):
+    path = REPOSITORY / name
     text = path.read_text()
     if path.suffix == ".ipynb":
         cells = nbformat.reads(text, as_version=4).cells
@@ -522,10 +537,10 @@ def test_nothing_here_loads_what_could_run(path):
 # ---------------------------------------------------------------- determinism
 
 
-def trained(data, threads_seed=0, **changes):
+def trained(data, threads_seed=0, seed=3):
     torch.manual_seed(threads_seed)  # the global generator must not matter
-    net = experiments.build("pretrain", "cpu")
-    history, _ = fit(net, epochs=1, data=data, **RECIPE | changes)
+    net = build("pretrain", "cpu")
+    history, _ = train_net(net, data, ONE_EPOCH, seed=seed)
     return net.state_dict(), history[0]["train_loss"]
 
 
@@ -537,18 +552,13 @@ def test_the_same_run_twice_gives_the_same_bits_and_another_seed_others(small_ci
 
 
 def test_a_seed_covers_initialization_order_and_augmentation(small_cifar):
-    nets = [
-        experiments.build(name, "cpu")
-        for name in ("pretrain", "pretrain@1", "pretrain@1", "pretrain@2")
-    ]
+    nets = [build(name, "cpu") for name in ("pretrain", "pretrain@1", "pretrain@1", "pretrain@2")]
     weights = [net.head_conv[0].conv.weight for net in nets]
     assert torch.equal(weights[1], weights[2])
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[3])
 
     def epoch(seed):
-        batches = cifar10.Batches(
-            small_cifar.train_images, torch.arange(256), 256, seed=seed, augment=True
-        )
+        batches = Batches(small_cifar.train_images, torch.arange(256), 256, seed, augment=True)
         (x, order), = batches
         return x[order.argsort()], order
 
@@ -566,14 +576,16 @@ import os, sys, time
 seen = []
 
 def watch(event, arguments):
-    if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    if event == "open" and isinstance(arguments[2], int) and arguments[2] & writes:
         seen.append(f"wrote {arguments[0]}")
     elif event == "open" and str(arguments[0]).endswith((".npz", ".pt", ".json", ".ipynb")):
         seen.append(f"read {arguments[0]}")
     elif event in ("os.mkdir", "os.remove", "os.rename", "subprocess.Popen", "socket.connect"):
         seen.append(f"{event} {arguments[:1]}")
 
-import ctypes, ctypes.util, platform, uuid, PIL.Image, IPython, matplotlib.pyplot, torch, torchvision, numpy.testing
+import ctypes, ctypes.util, platform, uuid
+import PIL.Image, IPython, matplotlib.pyplot, numpy.testing, torch, torchvision
 sys.dont_write_bytecode = True
 sys.path.insert(0, sys.argv[1])
 sys.addaudithook(watch)
@@ -585,15 +597,13 @@ assert not torch.cuda.is_initialized()
 assert torch.initial_seed() == torch.default_generator.initial_seed()
 assert seen == [], seen
 """
-MODULES = sorted(path.stem for path in REPOSITORY.glob("*.py"))
-
-
 def test_importing_a_module_does_no_work(tmp_path):
     """Nothing is read that is ours, nothing is written, started or connected to, no GPU is touched.
     """
     environment = os.environ | {"CIFAR10_ROOT": str(tmp_path / "no-data")}
+    modules = [name.removesuffix(".py").replace("/", ".") for name in MODULES]
     process = subprocess.run(
-        [sys.executable, "-c", WATCHED, REPOSITORY, *MODULES],
+        [sys.executable, "-c", WATCHED, REPOSITORY, *modules],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -601,7 +611,7 @@ def test_importing_a_module_does_no_work(tmp_path):
         timeout=300,
     )
     assert process.returncode == 0, process.stderr
-    assert len(MODULES) > 8 and float(process.stdout) < 2  # s of processor time, libraries aside
+    assert len(modules) > 30 and float(process.stdout) < 2  # s of processor time, libraries aside
     assert list(tmp_path.iterdir()) == []
 
 
@@ -611,8 +621,9 @@ def test_listing_the_runs_takes_less_than_two_seconds():
     """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     output = subprocess.run(
-        [sys.executable, "experiments.py", "list"], cwd=REPOSITORY, check=True, capture_output=True
+        [sys.executable, "-m", "experiments", "list"], cwd=REPOSITORY, check=True,
+        capture_output=True,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert len(output.stdout.splitlines()) == len(experiments.RUNS)
+    assert len(output.stdout.splitlines()) == len(runs.RUNS)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2

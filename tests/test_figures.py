@@ -61,3 +61,92 @@ def test_sizes_stand_at_their_bytes_and_each_model_is_named_once():
     assert (
         upper.get_xscale() == lower.get_xscale() == "log" and upper.get_xlim() == lower.get_xlim()
     )
+
+
+def test_a_history_has_training_in_all_epochs_and_test_where_it_was_tested(ax):
+    history = [{"epoch": 1, "train_accuracy": 0.5},
+               {"epoch": 2, "train_accuracy": 0.6, "test_accuracy": 0.55}]
+    figures.plot_history(history, ax, baseline=0.9)
+    training, test, baseline = ax.get_lines()
+    np.testing.assert_allclose(training.get_xydata(), [[1, 50], [2, 60]])
+    np.testing.assert_allclose(test.get_xydata(), [[2, 55]])
+    assert set(baseline.get_ydata()) == {90}
+
+
+def test_losses_are_drawn_as_their_logarithm_also_where_they_are_zero(ax):
+    figures.plot_loss({"a": np.array([100.0, 1e-3, 0.0]), "b": np.array([1.0])}, ax)
+    first, second = ax.get_lines()
+    assert first.get_ydata().tolist() == [2, -3, -32] and second.get_ydata().tolist() == [0]
+
+
+def test_each_element_is_a_curve_of_its_own(ax):
+    trajectory = np.arange(20.0).reshape(4, 5)
+    figures.plot_elements(trajectory, ax, title="W")
+    assert [line.get_ydata().tolist() for line in ax.get_lines()] == trajectory.T.tolist()
+    assert len({(line.get_color(), line.get_marker()) for line in ax.get_lines()}) == 5
+    assert ax.get_legend().get_title().get_text() == "W"
+
+
+def test_layers_are_bars_in_percent_beside_each_other(ax):
+    layers = {"head_conv.0": 0.25, "body_op.0.conv1.0": 0.5, "final_fc": 1.0}
+    figures.plot_layers({"a": layers, "b": dict.fromkeys(layers, 0.1)}, ax, "zeros (%)", (0, 100))
+    heights = [[bar.get_height() for bar in bars] for bars in ax.containers]
+    assert heights == [[25, 50, 100], [10, 10, 10]]
+    edges = sorted(bar.get_x() for bars in ax.containers for bar in bars)
+    assert np.diff(edges).min() == pytest.approx(0.4)  # the width of a bar: none covers another
+    names = [text.get_text() for text in ax.get_xticklabels()]
+    assert names == ["head_conv", "0.conv1", "final_fc"]
+
+
+def test_weights_are_counted_and_every_level_is_a_line(ax):
+    weights = np.array([[0.0, 0.1], [0.9, 1.0]])
+    figures.plot_weights(weights, weights.round(), ax)
+    assert sum(bar.get_height() for bar in ax.patches) == 4
+    assert [line.get_xdata()[0] for line in ax.get_lines()] == [0, 1]
+    assert ax.get_title() == "2 levels"
+
+
+def test_a_row_of_axes_is_as_wide_as_its_plots_together():
+    assert figures.axes().figure.get_size_inches().tolist() == [5, 3]
+    pair = figures.axes(2)
+    assert len(pair) == 2 and pair[0].figure.get_size_inches().tolist() == [10, 3]
+    plt.close("all")
+
+
+def test_fractions_are_shown_as_percentages_and_differences_as_points():
+    assert figures.percent(0.91514) == "91.51" and figures.percent(np.float32(1)) == "100.00"
+    assert (figures.signed(0.0012), figures.signed(-0.5)) == ("+0.12", "-50.00")
+    assert figures.points(-0.0012) == "-0.12 points"
+
+
+def test_a_table_has_its_text_at_the_left_and_its_numbers_at_the_right():
+    rows = [["a", "b", 1], ["c", "d", 0.5]]
+    assert figures.table(["run", "what", "%"], rows).data == (
+        "| run | what | % |\n| :-- | --: | --: |\n| a | b | 1 |\n| c | d | 0.5 |")
+    assert "\n| :-- | :-- | --: |\n" in figures.table(["run", "what", "%"], rows, 2).data
+
+
+class Shown:
+    """A class whose source is shown."""
+
+    def method(self):
+        return 1
+
+
+def test_source_is_shown_as_its_module_holds_it_one_after_another(monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "display", lambda markdown: shown.append(markdown.data))
+    figures.show_source(Shown, Shown.method)
+    assert shown == [
+        '```python\nclass Shown:\n    """A class whose source is shown."""\n\n'
+        '    def method(self):\n        return 1\n```',
+        '```python\ndef method(self):\n    return 1\n```']
+
+
+def test_an_answer_says_so_and_carries_its_short_form(monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "display", lambda md, metadata: shown.append((md.data, metadata)))
+    figures.answer("True, as measured.", in_short="true")
+    figures.answer("It is.")
+    assert shown == [("**Answer.** True, as measured.", {"in_short": "true"}),
+                     ("**Answer.** It is.", None)]

@@ -545,7 +545,7 @@ def test_the_state_of_a_learned_layer_goes_there_and_back(case):
 def test_a_layer_shows_how_it_quantizes(quantizer, text):
     shown = repr(FP_Conv(3, 5, 3, Nbits=4, symmetric=True, quantizer=quantizer))
     assert f"Nbits=4, symmetric=True, quantizer={text}" in shown
-    assert ("Learned(Nbits=4, symmetric=True)" in shown) == (quantizer is Learned)
+    assert ("(quantizer): Learned" in shown) == (quantizer is Learned)
 
 
 # ---------------------------------------------------------------- what layers compute

@@ -29,12 +29,12 @@ QUANTIZERS = [
 ]
 
 
-def lively(**arguments):
+def lively(num_layers=14, **arguments):
     """A net whose BatchNorms are far from their defaults, one gamma exactly zero, in evaluation
     mode.
     """
     torch.manual_seed(0)
-    net = ResNetCIFAR(num_layers=14, **arguments)
+    net = ResNetCIFAR(num_layers, **arguments)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (
@@ -265,8 +265,9 @@ def pruned(net, layers):
 
 def old_weight_norm(net, layers):
     for layer in layers:
+        layer.weight.data.mul_(1.5)
         torch.nn.utils.weight_norm(layer)
-        layer.weight_g.data.mul_(1.5)  # which the layer's weight follows in its next forward pass
+        layer.weight_g.data.mul_(1.5)  # a plain layer's weight follows in its next forward pass
 
 
 def weight_norm(net, layers):
@@ -281,7 +282,7 @@ def spectral_norm(net, layers):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-@pytest.mark.parametrize("make", [lambda: lively(), lambda: lively(Nbits=4), plain_net],
+@pytest.mark.parametrize("make", [lambda: lively(8), lambda: lively(8, Nbits=4), plain_net],
                          ids=["ResNet", "4-bit ResNet", "plain"])
 @pytest.mark.parametrize("change", [pruned, old_weight_norm, weight_norm, spectral_norm])
 def test_computed_weights_are_tested_as_they_compute(evaluations, capsys, change, make):

@@ -65,30 +65,62 @@ def test_the_assigned_net_is_ours_with_plain_activations():
         assert name == other and torch.equal(a, b)
 
 
-def test_the_assigned_process_has_none_of_our_allocator_settings(monkeypatch, small_cifar):
-    settings = (
-        (REPOSITORY / "Makefile").read_text().partition("ALLOCATOR := ")[2].splitlines()[0].split()
-    )
-    assert tuple(setting.partition("=")[0] for setting in settings) == timing.ALLOCATOR
-    for setting in settings:
-        monkeypatch.setenv(*setting.split("=", 1))
-    with timing.AssignedProcess(small_cifar, workers=0) as process:
-        there = [process.pool.submit(os.getenv, name).result() for name in timing.ALLOCATOR]
-        assert there == [None] * 4 and all(name in os.environ for name in timing.ALLOCATOR)
-        with pytest.raises(ValueError, match="steps must be at most"):
-            process.train(16, 10**6, 0)
-        parts = process.train(16, 1, 0, split=True)
-        assert set(parts) == {*timing.Clock.PARTS, "rest"}
+SETTINGS = (
+    (REPOSITORY / "Makefile").read_text().partition("ALLOCATOR := ")[2].splitlines()[0].split()
+)
+
+
+@pytest.fixture(scope="module")
+def process(small_cifar):
+    """The assigned process, started from one that has our allocator settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        for setting in SETTINGS:
+            patch.setenv(*setting.split("=", 1))
+        with timing.AssignedProcess(small_cifar, workers=0) as process:
+            assert all(name in os.environ for name in timing.ALLOCATOR)
+            yield process
+
+
+def test_the_assigned_process_has_none_of_our_allocator_settings(process):
+    assert tuple(setting.partition("=")[0] for setting in SETTINGS) == timing.ALLOCATOR
+    there = [process.pool.submit(os.getenv, name).result() for name in timing.ALLOCATOR]
+    assert there == [None] * 4
 
 
 def start_method():
     return multiprocessing.get_start_method()
 
 
-def test_the_assigned_workers_start_as_in_a_process_of_the_readers_own(small_cifar):
-    """Else each assigned epoch and evaluation would wait for them to import PyTorch anew."""
-    with timing.AssignedProcess(small_cifar, workers=1) as process:
-        assert process.pool.submit(start_method).result() == multiprocessing.get_start_method()
+def test_the_assigned_workers_start_as_in_a_process_of_the_readers_own(process):
+    """Else each of its evaluations would wait for workers that import PyTorch anew."""
+    assert process.pool.submit(start_method).result() == multiprocessing.get_start_method()
+
+
+def test_the_assigned_process_times_what_it_is_told(process):
+    with pytest.raises(ValueError, match="steps must be at most"):
+        process.train(16, 10**6, 0)
+    parts = process.train(16, 1, 0, split=True)
+    assert set(parts) == {*timing.Clock.PARTS, "rest"}
+
+
+@pytest.mark.parametrize("bf16, right, compiler, expected", [
+    (False, True, False, {"float32": Execution()}),
+    (True, False, False, {"float32": Execution()}),
+    (True, True, False, {"float32": Execution(), "bfloat16": Execution(bf16=True)}),
+    (False, True, True, {"float32": Execution(), "compiled": Execution(compile=True)}),
+    (True, True, True, {"float32": Execution(), "bfloat16": Execution(bf16=True),
+                        "compiled": Execution(bf16=True, compile=True)}),
+])
+def test_what_the_hardware_cannot_do_or_does_wrong_is_not_timed(
+    monkeypatch, bf16, right, compiler, expected
+):
+    monkeypatch.setattr(throughput, "has_bf16", lambda device: bf16)
+    monkeypatch.setattr(throughput, "bf16_is_right", lambda net: right)
+    monkeypatch.setattr(throughput, "has_compiler", lambda device: compiler)
+    cpu = torch.device("cpu")
+    assert throughput.candidates(cpu) == expected
+    uncompiled = {name: way for name, way in expected.items() if not way.compile}
+    assert throughput.candidates(cpu, eager=True) == uncompiled
 
 
 def test_both_pipelines_train_the_same_net(net, small_cifar):

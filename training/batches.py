@@ -11,9 +11,7 @@ __all__ = ["Batches", "normalize", "random_crop_flip"]
 
 
 def normalize(images):
-    """Return uint8 images (N, 3, H, W) as float32 with the assignment's mean and deviation taken
-    out.
-    """
+    """Return uint8 images (N, 3, H, W) as float32, the assignment's mean and deviation out."""
     return (images.float() - _per_channel(MEAN, images.device)) / _per_channel(STD, images.device)
 
 
@@ -27,8 +25,7 @@ def _per_channel(values, device):
 
 
 def random_crop_flip(images, generator, padding=4):
-    """Return each image shifted by up to `padding` pixels (zeros move in) and mirrored with
-    probability 1/2.
+    """Return each image shifted by up to `padding` pixels and mirrored with probability 1/2.
 
     images is (N, C, H, W) of any dtype; `generator` is a CPU torch.Generator, so one seed gives one
     augmentation on every device. The distribution is torchvision's RandomCrop(H, padding) followed

@@ -12,9 +12,7 @@ __all__ = ["atomic_save", "save_weights", "load_weights", "fit_quantizers", "sna
 
 
 def atomic_save(object_, path):
-    """torch.save to `path`, whole or not at all; raises OSError, naming `path`, if it cannot be
-    written.
-    """
+    """torch.save to `path`, whole or not at all; raises OSError, naming `path`, if it cannot."""
     buffer = io.BytesIO()
     torch.save(object_, buffer)  # in memory first: torch reports a full disk without a name
     with atomic_write(path) as file:
@@ -22,9 +20,7 @@ def atomic_save(object_, path):
 
 
 def save_weights(net, path):
-    """Write the net's state dict to `path`, whole or not at all; nothing but tensors is in the
-    file.
-    """
+    """Write the net's state dict, tensors and nothing else, to `path`, whole or not at all."""
     atomic_save(snapshot(net), path)
 
 
@@ -84,9 +80,7 @@ def load_weights(net, path):
 
 
 class LastWholeEpoch:
-    """A context in which `net` is trained: left by an error or Ctrl-C, it gets back the state last
-    kept.
-    """
+    """A context that gives `net` the state last kept, if left by an error or Ctrl-C."""
 
     def __init__(self, net):
         self.net = net
@@ -105,9 +99,7 @@ class LastWholeEpoch:
 
 
 def read_state(path, device="cpu"):
-    """Return what a training left at `path`, a dict. Raises ValueError, naming `path`, if it is
-    damaged.
-    """
+    """Return what a training left at `path`, a dict; raises ValueError if it is damaged."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         missing = {"net", "optimizer", "average", "history", "best", "tag"} - state.keys()

@@ -70,8 +70,7 @@ class MovingAverage:
         torch._foreach_lerp_(list(averaged), list(current), weight)
 
     def masked(self, masks):
-        """Return the averaged net, its pruned weights at zero (masks: pruning.weight_masks, or
-        None).
+        """Return the averaged net, pruned weights at zero (masks: pruning.weight_masks or None).
 
         What was pruned on the way has been averaged with what it was before.
         """

@@ -87,8 +87,7 @@ def has_compiler(device):
 
 
 def seconds_a_step(net, batch_size, how=Execution(), steps=4):
-    """Return the seconds that a training step of `net` takes, the least of `steps` after two
-    others.
+    """Return the seconds of a training step of `net`, the least of `steps` after two others.
 
     A copy of `net` is trained, on random images.
     """
@@ -114,9 +113,7 @@ def seconds_a_step(net, batch_size, how=Execution(), steps=4):
 
 
 def has_bf16(device):
-    """Return whether the hardware of `device` multiplies bfloat16; without, it is slower than
-    float32.
-    """
+    """Return whether the hardware of `device` multiplies bfloat16; else it would be slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

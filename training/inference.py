@@ -16,8 +16,7 @@ __all__ = ["for_evaluation", "fingerprint", "is_plain"]
 
 @torch.no_grad()
 def for_evaluation(net):
-    """Return a net that computes what `net` does in evaluation mode, to float32 rounding, in less
-    time.
+    """Return a net that computes what `net` does in evaluation mode, in less time.
 
     Wherever an FP_Conv and a BatchNorm2d follow each other in an nn.Sequential, they become one
     convolution with the quantized weight times gamma / sqrt(var + eps), and the rest of the
@@ -67,8 +66,7 @@ def _with_weight(layer, weight, bias):
 
 
 def is_plain(net):
-    """Return whether `net` computes in evaluation mode just what its modules' classes and state
-    tell.
+    """Return whether `net` computes just what its modules' classes and state tell.
 
     Not so for hooks, computed weights (torch.nn.utils.prune and parametrize), classes that are
     neither PyTorch's layers nor ours, such as subclasses, and a forward bound to one object, as of
@@ -87,8 +85,7 @@ def _is_known(cls):
 
 
 def fingerprint(net):
-    """Return a hex digest of what `net` computes in evaluation mode, or None where it may be
-    anything.
+    """Return a hex digest of what `net` computes in evaluation mode, or None if that is open.
 
     Nets with the same modules, quantized weights and BatchNorms have the same one, whatever float
     weights stand behind. None for a net that is not plain. Raises as for_evaluation does.

@@ -1,0 +1,321 @@
+"""How a net is computed: the same net, however it is done; timed only where that pays, and bfloat16
+only where it is right.
+"""
+
+import copy
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from conftest import make_net, same, state_of
+from experiments import run as experiments_run
+from experiments import runs
+from resnet20 import ResNetCIFAR
+from train_utils import fit
+from training import execution
+from training.batches import normalize
+from training.execution import (
+    Execution,
+    bf16_is_right,
+    fastest,
+    has_bf16,
+    has_compiler,
+    seconds_a_step,
+)
+from training.recipe import Pruning, Recipe
+
+FLOAT, BF16, COMPILED = Execution(), Execution(bf16=True), Execution(compile=True)
+BOTH = Execution(bf16=True, compile=True)
+
+
+# ---------------------------------------------------------------- the same net
+
+
+def test_logits_are_float32_and_close_in_bfloat16(net, small_cifar):
+    x = normalize(small_cifar.test_images[:16])
+    net.eval()
+    with torch.no_grad():
+        exact, rounded = FLOAT.of(net)(x), BF16.of(net)(x)
+        assert torch.equal(exact, net(x.contiguous(memory_format=torch.channels_last)))
+    assert exact.dtype == rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    assert (exact - rounded).norm() < 0.02 * exact.norm()
+
+
+def test_gradients_in_bfloat16_reach_the_float32_weights(net, small_cifar):
+    x, gradients = normalize(small_cifar.train_images[:64]), []
+    for how in (FLOAT, BF16):
+        one = copy.deepcopy(net)
+        how.of(one)(x).logsumexp(1).sum().backward()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in one.parameters())
+        gradients.append(torch.cat([p.grad.flatten() for p in one.parameters()]))
+    assert F.cosine_similarity(*gradients, 0) > 0.99 and not torch.equal(*gradients)
+
+
+def test_only_the_size_of_the_first_batch_is_compiled(net, small_cifar, monkeypatch):
+    """256 images in batches of 100: the net and its teacher take the last 56 uncompiled, with the
+    same result.
+    """
+    sizes = []
+    recipe = Recipe(epochs=2, batch_size=100, lr=0.05, weight_decay=0.0, distill=0.5)
+    monkeypatch.setattr(
+        torch, "compile", lambda net, dynamic: lambda x: sizes.append(len(x)) or net(x)
+    )
+    plain = copy.deepcopy(net)
+    fit(net, recipe, small_cifar, teacher=make_net(), execution=COMPILED)
+    assert sizes == [100] * 2 * 2 * 2  # of net and teacher, two an epoch
+    fit(plain, recipe, small_cifar, teacher=make_net())
+    assert same(net.state_dict(), plain.state_dict())
+
+
+def test_an_evaluation_is_in_float32_however_the_net_is_trained(net, small_cifar, monkeypatch):
+    """The record of a run has to hold on every machine."""
+    seen, tested = [], nn.functional.conv2d
+
+    def watched(x, *arguments):
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return tested(x, *arguments)
+
+    monkeypatch.setattr(F, "conv2d", watched)
+    fit(net, Recipe(epochs=1, batch_size=128), small_cifar, execution=BF16)
+    assert set(seen) == {(True, True), (False, False)}
+
+
+# ---------------------------------------------------------------- the fastest
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Let each Execution take the seconds given, on a machine that can do everything; returns what
+    was timed.
+    """
+    def make(seconds, bf16=True, right=True, compiler=True):
+        calls = []
+        monkeypatch.setattr(execution, "has_bf16", lambda device: bf16)
+        monkeypatch.setattr(execution, "bf16_is_right", lambda net: right)
+        monkeypatch.setattr(execution, "has_compiler", lambda device: compiler)
+        monkeypatch.setattr(execution, "seconds_a_step",
+                            lambda net, size, how: calls.append(how) or seconds[how])
+        return calls
+
+    return make
+
+
+@pytest.mark.parametrize("seconds, expected", [
+    ((1.0, 2.0, 2.0, 2.0), FLOAT),
+    ((1.0, 0.5, 2.0, 2.0), BF16),
+    ((1.0, 2.0, 0.5, 2.0), COMPILED),
+    ((1.0, 0.5, 2.0, 0.2), BOTH),
+    ((1.0, 0.92, 2.0, 2.0), FLOAT),  # faster, but by less than a tenth
+    ((1.0, 0.90, 2.0, 2.0), BF16),
+    ((1.0, 2.0, 0.92, 2.0), FLOAT),
+    ((1.0, 2.0, 0.90, 2.0), COMPILED),
+    ((1.0, 0.50, 2.0, 0.46), BF16),
+    ((1.0, 0.50, 2.0, 0.45), BOTH),
+    ((1.0, 0.92, 0.85, 0.1), COMPILED),  # bfloat16 was out already
+], ids=str)
+def test_what_takes_more_is_taken_only_if_it_is_clearly_faster(net, timed, seconds, expected):
+    """Seconds of float32, of bfloat16, of compiled float32, and of both."""
+    timed(dict(zip((FLOAT, BF16, COMPILED, BOTH), seconds)))
+    assert fastest(net, 64) == expected
+
+
+@pytest.mark.parametrize("steps", [1, 100, 999])
+def test_short_runs_are_not_timed(net, timed, steps):
+    calls = timed({})
+    assert fastest(net, 64, steps) == FLOAT and calls == []
+
+
+def test_long_runs_are_timed_on_the_net_and_batch_they_have(net, monkeypatch, timed):
+    timed({})
+    calls = []
+    monkeypatch.setattr(execution, "seconds_a_step", lambda *given: calls.append(given) or 1)
+    assert fastest(net, 96, 1000) == FLOAT
+    assert [how for _, _, how in calls] == [FLOAT, BF16, COMPILED]
+    assert all(of is net and size == 96 for of, size, _ in calls)
+
+
+@pytest.mark.parametrize("machine, tried", [
+    (dict(bf16=False), [FLOAT, COMPILED]),
+    (dict(right=False), [FLOAT, COMPILED]),
+    (dict(compiler=False), [FLOAT, BF16]),
+    (dict(bf16=False, compiler=False), [FLOAT]),
+], ids=str)
+def test_what_the_machine_cannot_do_is_not_tried(net, timed, machine, tried):
+    calls = timed({FLOAT: 1.0, BF16: 0.99, COMPILED: 0.99, BOTH: 0.99}, **machine)
+    assert fastest(net, 64) == FLOAT and calls == tried
+
+
+def test_a_cpu_without_a_compiler_does_not_compile(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not has_compiler(torch.device("cpu"))
+    assert has_compiler(torch.device("cuda"))  # whose compiler comes with PyTorch
+
+
+def test_bfloat16_is_for_hardware_that_multiplies_it(monkeypatch):
+    for amx, avx512 in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+        assert has_bf16(torch.device("cpu")) is (amx or avx512)
+
+
+# ---------------------------------------------------------------- how long a step takes
+
+
+def test_a_step_takes_the_least_of_those_after_the_second(net, monkeypatch):
+    """A clock that says how long each of six steps took."""
+    took = [0.5, 0.1, 3.0, 2.0, 5.0, 4.0]
+    ticks = [tick for i, seconds in enumerate(took) for tick in (10.0 * i, 10.0 * i + seconds)]
+    monkeypatch.setattr(time, "perf_counter", iter(ticks).__next__)
+    assert seconds_a_step(net, 4) == pytest.approx(2.0)
+
+
+def test_a_step_takes_as_long_as_one_of_a_plain_loop(net):
+    """Within a factor of ten: how long these take here is not known beforehand."""
+    optimizer, took = torch.optim.SGD(net.parameters(), lr=0.1), []
+    x, y = torch.randn(32, 3, 32, 32), torch.zeros(32, dtype=torch.long)
+    for _ in range(6):
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        took.append(time.perf_counter() - started)
+    assert 0.1 < seconds_a_step(net, 32) / min(took) < 10
+
+
+def test_timing_leaves_the_net_as_it_was(net):
+    net.eval()
+    before = state_of(net)
+    seconds_a_step(net, 8, steps=1)
+    assert same(net.state_dict(), before) and not net.training
+    assert all(p.grad is None for p in net.parameters())
+
+
+# ---------------------------------------------------------------- bfloat16 that is wrong
+
+
+class Times(torch.autograd.Function):
+    """The identity, whose gradient is wrong by a factor."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.factor, None
+
+
+def disturb(monkeypatch, where, factor=1.02, concerned=lambda w, stride: True):
+    """Let bfloat16 convolutions that are `concerned` be wrong by 2 %, in one of three results."""
+    exact = F.conv2d
+
+    def conv2d(x, w, bias=None, stride=1, padding=0, *others):
+        if x.dtype != torch.bfloat16 or not concerned(w, stride):
+            return exact(x, w, bias, stride, padding, *others)
+        x = Times.apply(x, factor) if where == "input gradient" else x
+        w = Times.apply(w, factor) if where == "weight gradient" else w
+        y = exact(x, w, bias, stride, padding, *others)
+        return y * factor if where == "output" else y
+
+    monkeypatch.setattr(execution.F, "conv2d", conv2d)
+
+
+WHERE = pytest.mark.parametrize("where", ["output", "input gradient", "weight gradient"])
+
+
+@WHERE
+def test_bfloat16_that_is_wrong_is_refused(net, monkeypatch, where):
+    assert bf16_is_right(net)
+    disturb(monkeypatch, where)
+    assert not bf16_is_right(net)
+
+
+@WHERE
+def test_bfloat16_may_be_wrong_by_its_own_rounding(net, monkeypatch, where):
+    disturb(monkeypatch, where, factor=1.005)
+    assert bf16_is_right(net)
+
+
+@pytest.mark.parametrize("concerned", [
+    lambda w, stride: w.shape[1] == 3,
+    lambda w, stride: w.shape == (64, 64, 3, 3),
+    lambda w, stride: w.shape[2:] == (1, 1),
+    lambda w, stride: tuple(stride) == (2, 2) and w.shape[2:] == (3, 3),
+], ids=["first", "last", "1x1", "stride 2"])
+def test_every_kind_of_convolution_in_the_net_is_looked_at(net, monkeypatch, concerned):
+    disturb(monkeypatch, "output", concerned=concerned)
+    assert not bf16_is_right(net)
+
+
+@pytest.mark.parametrize("layer, concerned, right", [
+    (nn.Conv2d(3, 4, 5, padding=2), lambda w, stride: w.shape == (4, 3, 5, 5), False),
+    (nn.Conv2d(3, 4, 5, padding=2), lambda w, stride: w.shape == (4, 3, 3, 3), True),
+])
+def test_convolutions_of_torch_are_looked_at_too_and_no_others(
+    monkeypatch, layer, concerned, right
+):
+    disturb(monkeypatch, "output", concerned=concerned)
+    assert bf16_is_right(nn.Sequential(layer, nn.ReLU())) is right
+
+
+def test_wrong_bfloat16_is_not_timed(net, monkeypatch):
+    calls = []
+    monkeypatch.setattr(execution, "has_bf16", lambda device: True)
+    monkeypatch.setattr(execution, "has_compiler", lambda device: False)
+    monkeypatch.setattr(execution, "seconds_a_step",
+                        lambda net, size, how: calls.append(how) or 1 - 0.5 * how.bf16)
+    assert fastest(net, 64) == BF16
+    disturb(monkeypatch, "weight gradient")
+    calls.clear()
+    assert fastest(net, 64) == FLOAT and calls == [FLOAT]
+
+
+def test_looking_leaves_the_net_as_it_was(net):
+    before = state_of(net)
+    bf16_is_right(net)
+    assert same(net.state_dict(), before) and net.training
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+# ---------------------------------------------------------------- a run keeps what it began with
+
+
+@pytest.fixture
+def tiny_run(monkeypatch, small_cifar):
+    """A run of two epochs on 128 images, of the smallest net."""
+    tiny = replace(runs.RUNS["pretrain"], name="tiny", pruning=Pruning(),
+                   recipe=Recipe(epochs=2, batch_size=64))
+    monkeypatch.setattr(runs, "RUNS", {"tiny": tiny})
+    monkeypatch.setattr(experiments_run, "ResNetCIFAR",
+                        lambda layers, *arguments: ResNetCIFAR(8, *arguments))
+    data = small_cifar._replace(train_images=small_cifar.train_images[:128],
+                                train_labels=small_cifar.train_labels[:128])
+    monkeypatch.setattr(experiments_run.train_utils, "get_data", lambda device: data)
+
+
+def test_a_run_goes_on_as_it_was_begun_though_something_else_is_fastest_now(
+    monkeypatch, tiny_run, tmp_path
+):
+    used, of = [], Execution.of
+    monkeypatch.setattr(Execution, "of", lambda self, net: used.append(self) or of(self, net))
+
+    def interrupt(net, pruning, epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments_run, "fastest", lambda *arguments: BF16)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(experiments_run.train_utils, "prune_before_epoch", interrupt)
+        experiments_run.train_run("tiny", tmp_path)
+    assert (tmp_path / "tiny.resume.pt").exists() and used[0] == BF16
+    used.clear()
+    monkeypatch.setattr(experiments_run, "fastest", lambda *arguments: FLOAT)
+    record = experiments_run.train_run("tiny", tmp_path)
+    assert record["execution"] == {"bf16": True, "compile": False} and used[0] == BF16
+    assert [entry["epoch"] for entry in record["history"]] == [1, 2]
+    assert experiments_run.train_run("tiny", tmp_path)["execution"] == vars(FLOAT)  # begun anew
