@@ -21,12 +21,12 @@ ALLOCATOR := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 MALLOC_TOP_PA
 
 environment: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.lock
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.10 or newer, or make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $(PYTHON) is older than Python 3.10; make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/pip install --disable-pip-version-check --requirement requirements.lock
 	@touch $@
 
 data: environment
@@ -46,6 +46,12 @@ check: environment data
 lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/python tests/audit.py
+
+# Versions that are in the lock file stay as long as requirements.txt allows them.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --disable-pip-version-check uv
+	build/lock/bin/uv pip compile --universal --python-version 3.10 --no-header --no-annotate requirements.txt -o requirements.lock
 
 notebooks: environment data
 	$(ALLOCATOR) $(BIN)/python -m report.execute $(NOTEBOOKS)

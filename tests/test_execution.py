@@ -4,7 +4,6 @@ only where it is right.
 
 import copy
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import make_net, same, state_of
-from experiments import run as experiments_run
-from experiments import runs
-from resnet20 import ResNetCIFAR
 from train_utils import fit
 from training import execution
 from training.batches import normalize
@@ -26,7 +22,7 @@ from training.execution import (
     has_compiler,
     seconds_a_step,
 )
-from training.recipe import Pruning, Recipe
+from training.recipe import Recipe
 
 FLOAT, BF16, COMPILED = Execution(), Execution(bf16=True), Execution(compile=True)
 BOTH = Execution(bf16=True, compile=True)
@@ -280,42 +276,3 @@ def test_looking_leaves_the_net_as_it_was(net):
     bf16_is_right(net)
     assert same(net.state_dict(), before) and net.training
     assert not any(m._forward_pre_hooks for m in net.modules())
-
-
-# ---------------------------------------------------------------- a run keeps what it began with
-
-
-@pytest.fixture
-def tiny_run(monkeypatch, small_cifar):
-    """A run of two epochs on 128 images, of the smallest net."""
-    tiny = replace(runs.RUNS["pretrain"], name="tiny", pruning=Pruning(),
-                   recipe=Recipe(epochs=2, batch_size=64))
-    monkeypatch.setattr(runs, "RUNS", {"tiny": tiny})
-    monkeypatch.setattr(experiments_run, "ResNetCIFAR",
-                        lambda layers, *arguments: ResNetCIFAR(8, *arguments))
-    data = small_cifar._replace(train_images=small_cifar.train_images[:128],
-                                train_labels=small_cifar.train_labels[:128])
-    monkeypatch.setattr(experiments_run.train_utils, "get_data", lambda device: data)
-
-
-def test_a_run_goes_on_as_it_was_begun_though_something_else_is_fastest_now(
-    monkeypatch, tiny_run, tmp_path
-):
-    used, of = [], Execution.of
-    monkeypatch.setattr(Execution, "of", lambda self, net: used.append(self) or of(self, net))
-
-    def interrupt(net, pruning, epoch):
-        if epoch == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(experiments_run, "fastest", lambda *arguments: BF16)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(experiments_run.train_utils, "prune_before_epoch", interrupt)
-        experiments_run.train_run("tiny", tmp_path)
-    assert (tmp_path / "tiny.resume.pt").exists() and used[0] == BF16
-    used.clear()
-    monkeypatch.setattr(experiments_run, "fastest", lambda *arguments: FLOAT)
-    record = experiments_run.train_run("tiny", tmp_path)
-    assert record["execution"] == {"bf16": True, "compile": False} and used[0] == BF16
-    assert [entry["epoch"] for entry in record["history"]] == [1, 2]
-    assert experiments_run.train_run("tiny", tmp_path)["execution"] == vars(FLOAT)  # begun anew

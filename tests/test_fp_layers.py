@@ -332,6 +332,20 @@ def test_fitting_recovers_a_grid_exactly_and_survives_zeros():
     assert torch.allclose(fit_step(codes * 0.37, -1, 1), torch.tensor([[0.37], [1.0]]))
 
 
+def test_fitting_survives_weights_that_a_step_can_hardly_tell_from_zero():
+    step = fit_step(torch.tensor([[1e-45, 0.0], [0.0, -1e-38]]), -4, 3)
+    assert torch.isfinite(step).all() and (step > 0).all()
+
+
+def test_a_fitted_step_is_positive_and_near_though_the_largest_weight_is_far_off():
+    """A negative step would fit better: it has the code for 1.4 = -2 * -0.7."""
+    w = torch.tensor([-0.7, 0.7, 1.4]).repeat(20_000)
+    step = fit_step(torch.cat([w, torch.tensor([100.0])]).view(1, -1), -2, 1).item()
+    search = torch.linspace(0.05, 2, 400)
+    errors = [(w - (w / s).round().clamp(-2, 1) * s).square().sum() for s in (step, *search)]
+    assert step > 0 and errors[0] <= 1.05 * min(errors)
+
+
 # ---------------------------------------------------------------- layers
 
 
@@ -566,8 +580,22 @@ def test_a_layer_computes_and_differentiates_at_its_quantized_weight(case, bit, 
     assert torch.equal(inner.weight, float_weight)
 
 
-def test_a_conv_has_no_bias_unless_asked():
-    assert FP_Conv(3, 5, 3).conv.bias is None
+def test_a_conv_has_no_bias_stride_or_padding_unless_asked():
+    layer, x = FP_Conv(3, 5, 3), torch.randn(2, 3, 7, 7)
+    assert layer.conv.bias is None
+    assert torch.equal(layer(x), F.conv2d(x, layer.conv.weight))
+
+
+def test_levels_are_not_symmetric_unless_asked():
+    assert check_n_bits(1) == 1  # which no symmetric grid has
+    w = pruned_weights(0)
+    assert torch.equal(MinMax(3)(w), STE.apply(w, 3, False))
+    assert Learned(3).limits == code_range(3) == (-4, 3) and not Learned(3).symmetric
+    for layer in (FP_Linear(6, 4, Nbits=3), FP_Conv(3, 5, 3, Nbits=3)):
+        assert torch.equal(layer.quantized_weight(), STE.apply(layer.weight, 3, False))
+    for layer in (FP_Linear(6, 4, Nbits=3, quantizer=Learned),
+                  FP_Conv(3, 5, 3, Nbits=3, quantizer=Learned)):
+        assert layer.quantizer.limits == (-4, 3)
 
 
 def test_star_import_yields_what_notebooks_of_the_course_use():

@@ -95,7 +95,11 @@ net.load_state_dict(torch.load("pruned.pt"))
 finetune(net, epochs=1, batch_size=256, lr=0.002, reg=1e-4)
 pruned_and_quantized = net
 """,
-    # the STE, called as the skeleton's own cell does
+    # from scratch
+    """
+train(ResNetCIFAR(num_layers=8).to(device), epochs=1, batch_size=64, lr=0.1, reg=1e-4)
+""",
+    # the STE by itself
     """
 x = torch.linspace(-1, 1, 9, device=device, requires_grad=True)
 y = STE.apply(x, 2)
@@ -155,4 +159,4 @@ def test_the_cells_of_a_students_notebook_run_one_after_another(on_a_slice, tmp_
     assert space["y"].unique().numel() <= 5 and torch.equal(
         space["x"].grad, torch.ones_like(space["x"]))
     assert {path.name for path in tmp_path.iterdir()} == {
-        "pretrained_model.pt", "pruned.pt", "quantized_net_after_finetune.pt"}
+        "pretrained_model.pt", "pruned.pt", "quantized_net_after_finetune.pt", "net_after_train.pt"}

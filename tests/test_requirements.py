@@ -1,0 +1,46 @@
+"""requirements.lock pins what requirements.txt asks for, within its bounds, for all platforms."""
+
+import re
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def requirements(name):
+    lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+LOCKED = requirements("requirements.lock")
+
+
+@pytest.mark.parametrize("wanted", requirements("requirements.txt"), ids=lambda r: r.name)
+@pytest.mark.parametrize("python", ["3.10", "3.12", "3.14"])
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_each_requirement_is_pinned_once_within_its_bounds(wanted, python, platform):
+    environment = default_environment() | {
+        "python_version": python, "python_full_version": f"{python}.0", "sys_platform": platform,
+        "platform_system": {"linux": "Linux", "darwin": "Darwin"}[platform]}
+    pins = [pin for pin in LOCKED if canonical(pin.name) == canonical(wanted.name)
+            and (pin.marker is None or pin.marker.evaluate(environment))]
+    assert len(pins) == 1 and str(pins[0].specifier).startswith("==")
+    version = str(pins[0].specifier).removeprefix("==")
+    assert wanted.specifier.contains(version, prereleases=True)
+
+
+def test_the_lock_names_no_place_to_fetch_from():
+    text = (ROOT / "requirements.lock").read_text()
+    assert "://" not in text and "--" not in text and "file:" not in text
+
+
+def test_torch_is_the_version_that_was_tested():
+    pins = {pin.name: str(pin.specifier) for pin in LOCKED}
+    assert (pins["torch"], pins["torchvision"]) == ("==2.14.1", "==0.29.1")
