@@ -18,6 +18,7 @@ ALLOCATOR := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 MALLOC_TOP_PA
 
 .PHONY: report handin test check lint bench notebooks train data environment lock clean distclean
 .DEFAULT_GOAL := report
+export STUDENT NETID
 
 environment: $(VENV)/.installed
 
@@ -36,6 +37,12 @@ report: environment data
 	@mkdir -p build
 	$(ALLOCATOR) $(BIN)/python -m report.execute --out build $(NOTEBOOKS)
 	$(BIN)/python -m report.export --from build
+
+handin: environment data
+	@$(BIN)/python -m report.handin --check
+	@mkdir -p build
+	$(ALLOCATOR) $(BIN)/python -m report.execute --out build $(HOMEWORK)
+	$(BIN)/python -m report.handin --from build
 
 test: environment data
 	$(ALLOCATOR) $(BIN)/python -m pytest tests $(NOTEBOOKS) --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg

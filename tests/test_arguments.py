@@ -9,16 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cifar10
-import experiments
-from FP_layers import STE, FP_Conv, FP_Linear, check_n_bits, code_range
-from pruning import DynamicPruning, global_prune_by_percentage, prune_by_percentage
+from arguments import BELOW_ONE, COUNT, FRACTION, NATURAL, PERCENTAGE, RATE, check
+from cifar10 import CIFAR10, hold_out
+from conftest import same, state_of
+from experiments import records, run, runs
+from FP_layers import STE, FP_Conv, FP_Linear, Learned, MinMax, check_n_bits, code_range
+from pruning import global_prune_by_percentage, prune_by_percentage
 from resnet20 import ResNet_Block, ResNetCIFAR
-from train_utils import SoftTargets, evaluate, finetune, fit, learning_rate, train, training_speed
+from train_utils import evaluate, finetune, fit, train
+from training.batches import Batches, random_crop_flip
+from training.distillation import Distillation, MovingAverage
+from training.execution import seconds_a_step
+from training.journal import Journal
+from training.recipe import Pruning, Recipe
 
 NET = ResNetCIFAR(num_layers=8)
 IMAGES, LABELS = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
-DATA = cifar10.CIFAR10(IMAGES, LABELS, IMAGES, LABELS)
+DATA = CIFAR10(IMAGES, LABELS, IMAGES, LABELS)
 
 no_number = st.one_of(
     st.none(), st.text(max_size=3), st.booleans(), st.just([1]), st.complex_numbers(max_magnitude=2)
@@ -41,223 +48,118 @@ no_bits = st.one_of(
     no_integer.filter(lambda value: value is not None), st.integers(max_value=-1), st.integers(17)
 )
 # Hypothesis tries strings of the source too
-ALLOWED = {"constant", "step", "cosine", "minmax", "learned", "ternary"}
+ALLOWED = {"constant", "step", "cosine", "sgd", "muon", "random", "alternating", "layer", "global"}
 words = st.text(max_size=8).filter(lambda word: word not in ALLOWED)
+no_word = st.one_of(words, st.integers(), st.booleans(), st.just(["step"]))
+no_bool = st.one_of(st.none(), st.integers(), st.floats(), words)
 a_name = st.one_of(
-    words.filter(lambda name: name.partition("@")[0] not in experiments.RUNS),
+    words.filter(lambda name: name.partition("@")[0] not in runs.RUNS),
     st.just("pretrain@0"),
     st.just("pretrain@x"),
 )
+no_fraction, no_percentage = outside(0, 1), outside(0, 100)
+no_decay = outside(0, 1, high_is_out=True)
 
-
-def fitting(argument):
-    good = dict(epochs=1, batch_size=4, lr=0.1, weight_decay=0.0, data=DATA)
-    return lambda value: fit(NET, **good | {argument: value})
-
-
-FIT = {
+RECIPE = {
     "epochs": (no_count, "a positive integer"),
     "batch_size": (no_count, "a positive integer"),
     "test_every": (no_count, "a positive integer"),
-    "log_every_n": (no_count, "a positive integer"),
-    "best_from": (no_count, "a positive integer"),
-    "hold_zeros_from": (no_count.filter(lambda value: value is not None), "a positive integer"),
-    "seed": (no_natural, "an integer >= 0"),
+    "cutout": (no_natural, "an integer >= 0"),
     "lr": (no_rate, "a finite number >= 0"),
+    "muon_lr": (no_rate, "a finite number >= 0"),
     "weight_decay": (no_rate, "a finite number >= 0"),
-    "momentum": (outside(0, 1, high_is_out=True), "a number from 0 to below 1"),
-    "warmup": (outside(0, 1, high_is_out=True), "a number from 0 to below 1"),
-    "label_smoothing": (outside(0, 1), "a number from 0 to 1"),
-    "distill": (outside(0, 1), "a number from 0 to 1"),
-    "schedule": (words, "'constant', 'step' or 'cosine'"),
+    "temperature": (no_rate, "a finite number >= 0"),
+    "momentum": (no_decay, "a number from 0 to below 1"),
+    "warmup": (no_decay, "a number from 0 to below 1"),
+    "average": (no_decay, "a number from 0 to below 1"),
+    "distill": (no_fraction, "a number from 0 to 1"),
+    "nesterov": (no_bool, "True or False"),
+    "schedule": (no_word, "'constant', 'step' or 'cosine'"),
+    "optimizer": (no_word, "'sgd' or 'muon'"),
+    "flip": (no_word, "'random' or 'alternating'"),
 }
+PRUNING = {
+    "method": (no_word, "None, 'layer' or 'global'"),
+    "q": (no_percentage, "a percentage from 0 to 100"),
+    "epochs": (no_natural, "an integer >= 0"),
+    "hold_zeros": (no_bool, "True or False"),
+}
+
+
+def fields_of(cls, cases):
+    """A case for each field of a dataclass, which checks itself when it is made."""
+    return [(f"{cls.__name__} {field}", lambda value, field=field: cls(**{field: value}), field,
+             *case) for field, case in cases.items()]
+
+
 CASES = [
-    (f"fit {argument}", fitting(argument), argument, *case) for argument, case in FIT.items()
-] + [
-    (
-        "train epochs",
-        lambda v: train(NET, v, 4, 0.1, 0.0, checkpoint=None),
-        "epochs",
-        no_count,
-        "a positive integer",
-    ),
-    (
-        "train reg",
-        lambda v: train(NET, 1, 4, 0.1, v, checkpoint=None),
-        "reg",
-        no_rate,
-        "a finite number >= 0",
-    ),
-    (
-        "finetune lr",
-        lambda v: finetune(NET, 1, 4, v, 0.0, checkpoint=None),
-        "lr",
-        no_rate,
-        "a finite number >= 0",
-    ),
-    (
-        "finetune reg",
-        lambda v: finetune(NET, 1, 4, 0.1, v, checkpoint=None),
-        "reg",
-        no_rate,
-        "a finite number >= 0",
-    ),
-    (
-        "evaluate",
-        lambda v: evaluate(NET, DATA, v),
-        "batch_size",
-        no_count.filter(lambda value: value is not None),
-        "a positive integer",
-    ),
-    (
-        "training_speed",
-        lambda v: training_speed(NET, v),
-        "batch_size",
-        no_count,
-        "a positive integer",
-    ),
-    (
-        "training_speed steps",
-        lambda v: training_speed(NET, 4, v),
-        "steps",
-        no_count,
-        "a positive integer",
-    ),
-    (
-        "SoftTargets",
-        lambda v: SoftTargets([], NET, v),
-        "weight",
-        outside(0, 1),
-        "a number from 0 to 1",
-    ),
-    (
-        "learning_rate schedule",
-        lambda v: learning_rate(v, 0.1, 0.0, 0.5),
-        "schedule",
-        words,
-        "'constant', 'step'",
-    ),
-    (
-        "learning_rate progress",
-        lambda v: learning_rate("step", 0.1, v),
-        "progress",
-        outside(0, 1),
-        "from 0 to 1",
-    ),
-    (
-        "learning_rate warmup",
-        lambda v: learning_rate("cosine", 0.1, 0.5, v),
-        "warmup",
-        outside(0, 1, high_is_out=True),
-        "a number from 0 to below 1",
-    ),
-    (
-        "Batches",
-        lambda v: cifar10.Batches(IMAGES, LABELS, v),
-        "batch_size",
-        no_count,
-        "a positive integer",
-    ),
-    (
-        "Batches seed",
-        lambda v: cifar10.Batches(IMAGES, LABELS, 2, seed=v),
-        "seed",
-        no_natural,
-        "an integer >= 0",
-    ),
-    (
-        "random_crop_flip",
-        lambda v: cifar10.random_crop_flip(IMAGES, torch.Generator(), v),
-        "padding",
-        no_natural,
-        "an integer >= 0",
-    ),
-    (
-        "hold_out",
-        lambda v: cifar10.hold_out(DATA, v),
-        "n",
-        st.one_of(no_count, st.integers(4)),
-        "an integer from 1",
-    ),
-    (
-        "prune_by_percentage",
-        lambda v: prune_by_percentage(NET.final_fc, v),
-        "q",
-        outside(0, 100),
-        "from 0 to 100",
-    ),
-    (
-        "global_prune",
-        lambda v: global_prune_by_percentage(NET, v),
-        "q",
-        outside(0, 100),
-        "from 0 to 100",
-    ),
-    ("DynamicPruning", lambda v: DynamicPruning(NET, v), "q", outside(0, 100), "from 0 to 100"),
-    (
-        "DynamicPruning every",
-        lambda v: DynamicPruning(NET, 70.0, v),
-        "every",
-        no_count,
-        "a positive integer",
-    ),
-    (
-        "fit average",
-        lambda v: fit(NET, epochs=1, batch_size=4, lr=0.1, weight_decay=0.0, average=v),
-        "average",
-        outside(0, 1, high_is_out=True),
-        "a number from 0 to below 1",
-    ),
+    *fields_of(Recipe, RECIPE),
+    *fields_of(Pruning, PRUNING),
+    ("temperature 0", lambda v: Recipe(temperature=v), "temperature", st.just(0), "above 0"),
+    ("Recipe.rate", Recipe().rate, "progress", no_fraction, "from 0 to 1"),
+    ("fit seed", lambda v: fit(NET, Recipe(epochs=1), DATA, seed=v), "seed", no_natural,
+     "an integer >= 0"),
+    ("Journal", lambda v: Journal(log_every_n=v), "log_every_n", no_count, "a positive integer"),
+    *((f"{entry.__name__} {argument}",
+       lambda v, entry=entry, argument=argument: entry(
+           NET, **dict(epochs=1, batch_size=4, lr=0.1, reg=0.0, checkpoint=None) | {argument: v}),
+       argument, bad, allowed)
+      for entry in (train, finetune)
+      for argument, bad, allowed in (
+          ("epochs", no_count, "a positive integer"),
+          ("batch_size", no_count, "a positive integer"),
+          ("log_every_n", no_count, "a positive integer"),
+          ("lr", no_rate, "a finite number >= 0"),
+          ("reg", no_rate, "a finite number >= 0"))),
+    ("finetune hold_zeros", lambda v: finetune(NET, 1, 4, 0.1, 0.0, checkpoint=None, hold_zeros=v),
+     "hold_zeros", no_bool, "True or False"),
+    ("evaluate", lambda v: evaluate(NET, DATA, v), "batch_size",
+     no_count.filter(lambda value: value is not None), "a positive integer"),
+    ("seconds_a_step", lambda v: seconds_a_step(NET, v), "batch_size", no_count,
+     "a positive integer"),
+    ("seconds_a_step steps", lambda v: seconds_a_step(NET, 4, steps=v), "steps", no_count,
+     "a positive integer"),
+    ("Distillation", lambda v: Distillation(NET, v), "distill", no_fraction,
+     "a number from 0 to 1"),
+    ("MovingAverage", lambda v: MovingAverage(NET, v), "decay", no_decay,
+     "a number from 0 to below 1"),
+    ("Batches", lambda v: Batches(IMAGES, LABELS, v), "batch_size", no_count,
+     "a positive integer"),
+    ("Batches seed", lambda v: Batches(IMAGES, LABELS, 2, seed=v), "seed", no_natural,
+     "an integer >= 0"),
+    ("Batches epoch", lambda v: Batches(IMAGES, LABELS, 2, epoch=v), "epoch", no_count,
+     "a positive integer"),
+    ("random_crop_flip", lambda v: random_crop_flip(IMAGES, torch.Generator(), v), "padding",
+     no_natural, "an integer >= 0"),
+    ("hold_out", lambda v: hold_out(DATA, v), "n", st.one_of(no_count, st.integers(4)),
+     "an integer from 1"),
+    ("prune_by_percentage", lambda v: prune_by_percentage(NET.final_fc, v), "q", no_percentage,
+     "from 0 to 100"),
+    ("global_prune", lambda v: global_prune_by_percentage(NET, v), "q", no_percentage,
+     "from 0 to 100"),
     ("check_n_bits", check_n_bits, "Nbits", no_bits, "to 16"),
-    (
-        "check_n_bits symmetric",
-        lambda v: check_n_bits(v, True),
-        "Nbits",
-        st.one_of(no_bits, st.just(1)),
-        "None",
-    ),
-    (
-        "symmetric",
-        lambda v: check_n_bits(4, v),
-        "symmetric",
-        st.one_of(st.none(), st.integers(), st.floats(), words),
-        "True or False",
-    ),
-    ("code_range", code_range, "Nbits", st.one_of(no_bits, st.sampled_from([None, 0, 1])), "to 16"),
+    ("check_n_bits symmetric", lambda v: check_n_bits(v, True), "Nbits",
+     st.one_of(no_bits, st.just(1)), "None"),
+    ("symmetric", lambda v: check_n_bits(4, v), "symmetric", no_bool, "True or False"),
+    ("code_range", code_range, "Nbits", st.one_of(no_bits, st.sampled_from([None, 0, 1])),
+     "to 16"),
     ("STE", lambda v: STE.apply(torch.ones(2), v), "Nbits", no_bits, "to 16"),
+    ("MinMax", MinMax, "Nbits", no_bits, "to 16"),
+    ("Learned", Learned, "Nbits", st.one_of(no_bits, st.sampled_from([None, 0, 1])), "to 16"),
     ("FP_Conv", lambda v: FP_Conv(1, 1, 1, Nbits=v), "Nbits", no_bits, "to 16"),
     ("FP_Linear", lambda v: FP_Linear(1, 1, Nbits=v), "Nbits", no_bits, "to 16"),
-    ("quantizer", lambda v: FP_Conv(1, 1, 1, quantizer=v), "quantizer", words, "minmax, learned"),
-    (
-        "ternary",
-        lambda v: FP_Linear(1, 1, Nbits=v, quantizer="ternary"),
-        "Nbits",
-        st.sampled_from([0, 1, 3, 16]),
-        "2",
-    ),
+    ("Nbits", lambda v: setattr(NET.final_fc, "Nbits", v), "Nbits", no_bits, "to 16"),
+    ("quantizer", lambda v: FP_Conv(1, 1, 1, quantizer=v), "quantizer", words, "MinMax, Learned"),
+    ("learned", lambda v: FP_Linear(1, 1, Nbits=v, quantizer=Learned), "Nbits",
+     st.sampled_from([0, 1]), "2 to 16"),
     ("ResNet_Block", lambda v: ResNet_Block(1, 1, 1, Nbits=v), "Nbits", no_bits, "to 16"),
     ("ResNetCIFAR", lambda v: ResNetCIFAR(8, Nbits=v), "Nbits", no_bits, "to 16"),
-    (
-        "num_layers",
-        ResNetCIFAR,
-        "num_layers",
-        st.one_of(
-            no_integer, st.integers(max_value=7), st.integers(8).filter(lambda n: n % 6 != 2)
-        ),
-        "6n + 2",
-    ),
-    *(
-        (f"experiments.{function.__name__}", function, "name", a_name, "must be one of pretrain")
-        for function in (
-            experiments.get,
-            experiments.build,
-            experiments.read_record,
-            experiments.train_run,
-            experiments.load_or_train,
-            experiments.is_available,
-            experiments.not_trained,
-        )
-    ),
+    ("num_layers", ResNetCIFAR, "num_layers",
+     st.one_of(no_integer, st.integers(max_value=7), st.integers(8).filter(lambda n: n % 6 != 2)),
+     "6n + 2"),
+    *((f"experiments.{function.__name__}", function, "name", a_name, "must be one of pretrain")
+      for function in (runs.get, run.build, run.train_run, run.load_or_train,
+                       records.read_record, records.weights_path, records.not_trained)),
 ]
 
 
@@ -270,12 +172,12 @@ def test_a_bad_argument_is_refused_with_its_name_its_value_and_what_is_allowed(
     call, argument, bad, allowed, data
 ):
     value = data.draw(bad)
-    before = {name: tensor.clone() for name, tensor in NET.state_dict().items()}
+    before = state_of(NET)
     with pytest.raises((ValueError, TypeError)) as caught:
         call(value)
     message = str(caught.value)
     assert message.startswith(argument) and allowed in message and repr(value) in message
-    assert all(torch.equal(tensor, before[name]) for name, tensor in NET.state_dict().items())
+    assert same(NET.state_dict(), before)
 
 
 @settings(max_examples=25, deadline=None)
@@ -288,6 +190,36 @@ def test_every_allowed_width_is_taken(bits, symmetric):
 
 @settings(max_examples=50, deadline=None)
 @given(schedule=st.sampled_from(["constant", "step", "cosine"]), progress=st.floats(0, 1),
-       warmup=st.floats(0, 1, exclude_max=True), peak=st.floats(0, 10))
-def test_a_learning_rate_is_never_above_its_peak_nor_below_zero(schedule, progress, warmup, peak):
-    assert 0 <= learning_rate(schedule, peak, progress, warmup) <= peak * (1 + 1e-12)
+       warmup=st.floats(0, 1, exclude_max=True))
+def test_a_rate_is_never_above_its_peak_nor_below_zero(schedule, progress, warmup):
+    assert 0 <= Recipe(schedule=schedule, warmup=warmup).rate(progress) <= 1 + 1e-12
+
+
+# ---------------------------------------------------------------- the checker
+
+
+@pytest.mark.parametrize("allowed, good", [
+    (COUNT, [1, 7, torch.tensor(3).numpy()[()]]), (NATURAL, [0, 7]), (RATE, [0, 0.0, 1e30]),
+    (BELOW_ONE, [0, 0.5, math.nextafter(1, 0)]), (FRACTION, [0, 0.5, 1, 1.0]),
+    (PERCENTAGE, [0, 33.3, 100]), ((True, False), [True, False]), ((None, "a", 2), [None, "a", 2]),
+])
+def test_what_is_allowed_is_taken(allowed, good):
+    for value in good:
+        check(allowed, argument=value)
+
+
+@pytest.mark.parametrize("allowed, value, complaint", [
+    ((True, False), 1, "b must be True or False, got 1"),
+    ((True, False), 0.0, "b must be True or False, got 0.0"),
+    ((0, 1), True, "b must be 0 or 1, got True"),
+    (("a", "b", "c"), "d", "b must be 'a', 'b' or 'c', got 'd'"),
+    ((None, "a"), "None", "b must be None or 'a', got 'None'"),
+    (COUNT, 0, "b must be a positive integer, got 0"),
+    (FRACTION, math.nan, "b must be a number from 0 to 1, got nan"),
+    (RATE, -math.inf, "b must be a finite number >= 0, got -inf"),
+])
+def test_the_first_argument_that_is_not_is_named(allowed, value, complaint):
+    good = allowed[0] if isinstance(allowed, tuple) else 1
+    with pytest.raises(ValueError) as caught:
+        check(allowed, a=good, b=value, c=value)
+    assert str(caught.value) == complaint

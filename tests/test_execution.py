@@ -56,7 +56,7 @@ def test_only_the_size_of_the_first_batch_is_compiled(net, small_cifar, monkeypa
     same result.
     """
     sizes = []
-    recipe = Recipe(epochs=2, batch_size=100, lr=0.05, weight_decay=0.0, distill=0.5)
+    recipe = Recipe(epochs=2, batch_size=100, lr=0.05, distill=0.5, test_every=2)
     monkeypatch.setattr(
         torch, "compile", lambda net, dynamic: lambda x: sizes.append(len(x)) or net(x)
     )
