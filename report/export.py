@@ -18,7 +18,7 @@ import typst
 
 from files import atomic_write
 from report.cells import PICTURES, ReportError, clean, read_cells, shown, tags
-from report.markup import literal, pandoc, parse, raw
+from report.markup import Piece, literal, pandoc, parse, quote_words, raw
 
 __all__ = ["DOCUMENTS", "ReportError", "export", "typeset"]
 
@@ -41,25 +41,28 @@ def part_of(cells, document):
     return numbered[split:] if document == "further.pdf" else numbered[:split]
 
 
-def pieces_of(cell, where, figures):
-    """Yield (is Markdown, text, where) for a cell, the text otherwise being Typst.
+def pieces_of(cell, where, figures, folder=Path()):
+    """Yield the Pieces of a cell; adds its outputs' pictures, (ending, bytes), to `figures`.
 
-    Adds its pictures, (ending, bytes), to `figures`.
+    folder: that local images in its Markdown are relative to.
     """
     parts = shown(cell, where)
     for i, (form, text, in_short) in enumerate(parts):
         if in_short is not None:
-            yield False, f"%in short {in_short}", where
+            yield Piece("typst", f"%in short {in_short}", where)
         if form in PICTURES:
             figures.append((PICTURES[form], text.encode() if form == "image/svg+xml"
                             else base64.b64decode(text)))
-            yield False, f'#picture("{len(figures) - 1}.{PICTURES[form]}")', where
+            yield Piece("typst", f'#picture("{len(figures) - 1}.{PICTURES[form]}")', where)
+        elif form == "text/html":
+            yield Piece("html", text, where, folder)
         elif form in ("text/markdown", "text/latex"):
-            yield True, text, where
+            yield Piece("markdown", text, where, folder, cell.get("attachments", {}))
         else:  # what a cell shows begins on the page where its code ends, unless the code is long
             keep = "true" if i < len(parts) - 1 and text.count("\n") < 20 else "false"
             call, lang = ("code", '"python"') if form == "code" else ("output", "none")
-            yield False, f"#{call}({literal(text)}, lang: {lang}, keep: {keep})", where
+            text = f"#{call}({literal(text)}, lang: {lang}, keep: {keep})"
+            yield Piece("typst", text, where)
 
 
 def contents(blocks):
@@ -120,10 +123,10 @@ def typeset(document, source, student="", netid="", date=None):
     title, notebooks = DOCUMENTS[document]
     pieces, figures, date = [], [], date or datetime.now(timezone.utc)
     for path in (Path(source) / name for name in notebooks):
-        pieces.append((False, "#pagebreak(weak: true)", path))
+        pieces.append(Piece("typst", "#pagebreak(weak: true)", str(path)))
         for number, cell in part_of(read_cells(path), document):
-            pieces += pieces_of(cell, f"{path}, cell {number}", figures)
-    page, blocks = contents(parse(pieces))
+            pieces += pieces_of(cell, f"{path}, cell {number}", figures, path.parent)
+    page, blocks = contents(parse(pieces, figures))
     tree = {"pandoc-api-version": [1, 23], "meta": {}, "blocks": page + blocks}
     inputs = {"title": title, "student": clean(student).strip(), "netid": clean(netid).strip(),
               "date": f"date = {date:%Y-%m-%d}"}
@@ -131,8 +134,8 @@ def typeset(document, source, student="", netid="", date=None):
         for number, (ending, picture) in enumerate(figures):
             Path(folder, f"{number}.{ending}").write_bytes(picture)
         main_file = Path(folder, "report.typ")
-        text = STYLE.read_text(encoding="utf-8") + pandoc(json.dumps(tree), "json", "typst")
-        main_file.write_text(text, encoding="utf-8")
+        body = quote_words(pandoc(json.dumps(tree), "json", "typst"))
+        main_file.write_text(STYLE.read_text(encoding="utf-8") + body, encoding="utf-8")
         try:
             return typst.compile(main_file, root=folder, ignore_system_fonts=True,
                                  sys_inputs=inputs, timestamp=int(date.timestamp()))

@@ -4,6 +4,7 @@ is allowed.
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -199,7 +200,7 @@ def test_a_rate_is_never_above_its_peak_nor_below_zero(schedule, progress, warmu
 
 
 @pytest.mark.parametrize("allowed, good", [
-    (COUNT, [1, 7, torch.tensor(3).numpy()[()]]), (NATURAL, [0, 7]), (RATE, [0, 0.0, 1e30]),
+    (COUNT, [1, 7, np.int64(3)]), (NATURAL, [0, 7]), (RATE, [0, 0.0, 1e30]),
     (BELOW_ONE, [0, 0.5, math.nextafter(1, 0)]), (FRACTION, [0, 0.5, 1, 1.0]),
     (PERCENTAGE, [0, 33.3, 100]), ((True, False), [True, False]), ((None, "a", 2), [None, "a", 2]),
 ])

@@ -485,9 +485,9 @@ def refused(tmp_path):
             ),
             "cell 2 stopped with ZeroDivisionError: division",
         ),
-        (code("x", display(text_html="<b>x</b>")), "cell 2 shows only text/html"),
+        (code("x", display(application_json="{}")), "cell 2 shows only application/json"),
         (new_markdown_cell("![a plot](plot.png)"), "cell 2 has the image plot.png"),
-        (new_markdown_cell("<table><tr><td>1</td></tr></table>"), "cell 2 has HTML"),
+        (new_markdown_cell("a <video src=x> b"), "cell 2 has HTML"),
         (
             new_markdown_cell("\\begin{align} a &= b \\end{align}"),
             "cell 2 has a formula outside dollar signs",
@@ -643,7 +643,88 @@ def test_figures_of_all_forms_are_drawn(read, form):
                                   "<pandas.io.formats.style.Styler at 0x7f0>",
                                   "<IPython.core.display.HTML object>"])
 def test_an_output_that_is_only_an_objects_name_is_refused(write, refused, text):
-    cell = code("x", display(text_plain=text, text_html="<b>x</b>"))
+    cell = code("x", display(text_plain=text))
     refused(
         write([], [new_markdown_cell("# T"), cell]), "lab1_sparse_linear.ipynb, cell 2 shows only"
     )
+
+
+# ---------------------------------------------------------------- what students bring
+
+
+def png(color="#123456"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (90, 60), color).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_html_tables_and_texts_of_outputs_are_converted(read):
+    html = "<style>td {color: red}</style><table><tr><th>h1</th></tr>"
+    html += "<tr><td>1 &lt; 2</td></tr></table>"
+    styler = display(text_plain="<pandas.io.formats.style.Styler at 0x7f0>", text_html=html)
+    words = display(text_plain="<IPython.core.display.HTML object>", text_html="<b>bold words</b>")
+    latex = display(
+        text_plain="<IPython.core.display.Latex object>", text_latex=r"$\alpha \in X$"
+    )
+    text = flat(text_of(read([new_markdown_cell("# T"), code("x", styler, words, latex)])))
+    assert "h1" in text and "1<2" in text and "boldwords" in text and "∈" in text
+    assert "object" not in text and "color" not in text
+
+
+@pytest.mark.parametrize("source, shown", [
+    ("$ \\mu $ is small", "𝜇 is small"),
+    ("3$\\times$3 kernel, 5$\\times$1", "3×3 kernel, 5×1"),
+    ("$ x $ and prose between, $ y $", "𝑥 and prose between, 𝑦"),
+    ("it costs \\$5 and `$HOME`", "it costs $5 and $HOME"),
+])
+def test_dollars_are_read_as_jupyter_reads_them(read, source, shown):
+    reader = read([new_markdown_cell(f"# T\n\n{source}")])
+    assert flat(shown) in flat(text_of(reader)), text_of(reader)
+
+
+@pytest.mark.parametrize("source", [
+    r"$\mathop{\text{title}}$", r"$title$", r"$\operatorname{student}(x)$", r"${argmin}_z$",
+    r"$\mathrm{panic}$", r"$\text{\#panic()}$", r"$\mathop{\text{student netid}}$"])
+def test_words_in_formulas_are_never_code(read, source):
+    reader = read([new_markdown_cell("# T\n\nbefore " + source + " after")], student="Ada Lovelace")
+    page = flat(reader.pages[1].extract_text())
+    assert "Lovelace" not in page and "Homework4:Pruning" not in page
+    assert "before" in page and "after" in page
+
+
+def test_images_in_markdown_are_taken_over(read, tmp_path):
+    (tmp_path / "plot.png").write_bytes(png("#ff0000"))
+    uri = "data:image/png;base64," + base64.b64encode(png("#00ff00")).decode()
+    attached = new_markdown_cell("![attached](attachment:a.png)")
+    attached["attachments"] = {"a.png": {"image/png": base64.b64encode(png("#0000ff")).decode()}}
+    reader = read([new_markdown_cell("# T\n\n![local](plot.png)\n\n![uri](" + uri + ")"), attached,
+                   new_markdown_cell('<img src="plot.png" width="90"> beside words')])
+    assert len(drawn(reader.pages[1])[1]) == 4
+    assert "beside words" in reader.pages[1].extract_text()
+
+
+def test_html_that_students_write_is_taken_over(read):
+    badge = ('<a href="https://colab.research.google.com/x"><img src="https://colab/badge.svg" '
+             'alt="Open In Colab"/></a>')
+    cells = ["H<sub>2</sub>O, x<sup>2</sup>, <b>bold</b>, <u>under</u>, <i>it</i><br>next",
+             "<center>in the middle</center>", badge,
+             "<table><tr><td>cell 1</td></tr></table>", "<!-- silent -->"]
+    text = flat(text_of(read([new_markdown_cell("# T"), *map(new_markdown_cell, cells)])))
+    for words in ("H2O,x2,bold,under,it", "next", "inthemiddle", "OpenInColab", "cell1"):
+        assert words in text, words
+    assert "<" not in text and "silent" not in text
+
+
+def test_an_error_names_notebook_and_cell_and_prints_no_data_uri(write, refused):
+    uri = "data:image/bmp;base64," + "A" * 5000
+    refused(write([], [new_markdown_cell("# T"), new_markdown_cell("![x](" + uri + ")")]),
+            r"lab1_sparse_linear.ipynb, cell 2 has the image data:image/bmp.{,80}, which")
+    refused(write([], [], [new_markdown_cell("# T"), new_markdown_cell(r"$\\nosuchmacro{x}$")]),
+            r"hw4\.ipynb, cell 2: .*nosuchmacro")
+
+
+def test_a_code_cell_without_outputs_is_an_error_of_ours(write, refused):
+    folder = write()
+    path = folder / "hw4.ipynb"
+    path.write_text('{"cells": [{"cell_type": "code", "source": "1", "metadata": {}}]}')
+    refused(folder, r"hw4\.ipynb, cell 1 has no list of outputs")

@@ -61,7 +61,8 @@ def test_no_absolute_path(notebook):
 def test_ignored_output_always_comes_with_an_assert_or_a_figure(notebook):
     """A cell whose output nbval does not compare must check its claim itself."""
     for cell in code_cells(notebook):
-        if "nbval-ignore-output" in tags(cell) and cell.id not in ("block-3", "block-4", "verdicts"):
+        shown_only = cell.id in ("block-3", "block-4", "verdicts")
+        if "nbval-ignore-output" in tags(cell) and not shown_only:
             checked = "assert " in cell.source or "figures.plot" in cell.source
             assert checked or "measured(" in cell.source or "results." in cell.source, cell.source
 
@@ -82,7 +83,8 @@ def test_points_of_the_questions_add_up_to_the_sections(name):
 
 def test_blocks_1_to_5_keep_their_roles():
     sources = [cell.source for cell in code_cells(read("hw4.ipynb"))]
-    at = [next(i for i, source in enumerate(sources) if f"Block {n}" in source) for n in range(1, 6)]
+    at = [next(i for i, source in enumerate(sources) if f"Block {n}" in source)
+          for n in range(1, 6)]
     assert at == sorted(at)
     assert "ResNetCIFAR(num_layers=20" in sources[at[1]] and "test(net)" in sources[at[2]]
     block_4 = sources[at[3]].splitlines()

@@ -1,6 +1,7 @@
 """Weights on disk, and the state that an interrupted training goes on from."""
 
 import io
+import re
 
 import torch
 
@@ -40,28 +41,26 @@ def fit_quantizers(net):
 def load_weights(net, path):
     """Load a state dict from `path` into `net`, in place, on the net's device; return the net.
 
-    A float checkpoint also loads into layers with a learned step, which is then fitted to the
-    weights. Raises FileNotFoundError if there is no such file, and ValueError if it is truncated,
-    no state dict of this architecture, or holds NaN or infinite values; the net is unchanged then.
-    Pickled code never runs.
+    Also taken are a dict around the state dict, "module." or "_orig_mod." before every name (as
+    DataParallel and torch.compile write them), BatchNorms without num_batches_tracked, and a float
+    checkpoint for layers with a learned step, which is then fitted to the weights.
+
+    Raises FileNotFoundError if there is no such file, and ValueError if it is truncated, no state
+    dict of this architecture, or holds NaN or infinite values; the net is unchanged then. Pickled
+    code never runs.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint at {path}") from None
-    except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint of weights: {error}") from error
-    expected = net.state_dict()
+    state, expected = _read(path), net.state_dict()
     steps = {name for name in expected if name.endswith(".quantizer.step")}
-    fit_anew = isinstance(state, dict) and bool(steps) and not steps & state.keys()
+    fit_anew = bool(steps) and not steps & state.keys()
+    counts = {name: tensor for name, tensor in expected.items()
+              if name.endswith(".num_batches_tracked") and name not in state}
+    state = state | counts
     if fit_anew:
         expected = {name: tensor for name, tensor in expected.items() if name not in steps}
-    if not isinstance(state, dict) or state.keys() != expected.keys():
-        amiss = (sorted(map(str, expected.keys() ^ state.keys()))[:4]
-                 if isinstance(state, dict) else type(state))
-        raise ValueError(
-            f"{path} is a checkpoint of another architecture; names not shared: {amiss}"
-        )
+    if state.keys() != expected.keys():
+        amiss = sorted(map(str, expected.keys() ^ state.keys()))[:4]
+        raise ValueError(f"{path} is a checkpoint of another architecture; "
+                         f"names not shared: {amiss}")
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
@@ -74,6 +73,29 @@ def load_weights(net, path):
     if fit_anew:
         fit_quantizers(net)
     return net
+
+
+def _read(path):
+    """Return the state dict in the file `path`, unwrapped; raises as load_weights does."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no checkpoint at {path}") from None
+    except Exception as error:
+        whole = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's advice would run foreign code
+        reason = (f"it holds a {whole[1]}, not tensors alone; save net.state_dict() instead"
+                  if whole else str(error).partition("\n")[0].partition(" In PyTorch")[0][:200])
+        raise ValueError(f"{path} is not a readable checkpoint of weights: {reason}") from error
+    for key in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is a checkpoint of another architecture: it holds a "
+                         f"{type(state).__name__}, not a state dict")
+    while prefix := next((p for p in ("module.", "_orig_mod.") if state
+                          and all(str(name).startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return dict(state)
 
 
 # ---------------------------------------------------------------- an interrupted training

@@ -33,9 +33,10 @@ class Execution:
     def of(self, net):
         """Return a function that maps images, (B, 3, 32, 32), to the net's logits, float32."""
         run = _CompiledForOneSize(net) if self.compile else net
+        dtype = next((p.dtype for p in net.parameters()), torch.float32)  # net.half() is taken too
 
         def forward(images):
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = images.to(dtype, memory_format=torch.channels_last)
             with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
                 return run(images).float()
 
