@@ -6,7 +6,8 @@ import re
 __all__ = ["PICTURES", "ReportError", "clean", "read_cells", "shown", "tags"]
 
 PICTURES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
-FORMS = ("text/markdown", *PICTURES, "text/latex", "text/html", "text/plain", "stdout")  # the best first
+# Of an output, the best first.
+FORMS = ("text/markdown", *PICTURES, "text/latex", "text/html", "text/plain", "stdout")
 MARKER = re.compile(r"^[ \t]*#[ \t]*(?:NBVAL_[A-Z_]+|PYTEST_VALIDATE_IGNORE_OUTPUT)[ \t]*\n?",
                     re.MULTILINE)
 OBJECT = re.compile(r"<[\w.]+( object)?[^<>]*>")  # how an object without a form of its own prints

@@ -187,7 +187,8 @@ def rewrite(node, piece, figures, limit=40):
 
 
 def _inline_html(text, piece, figures):
-    """Return one tag of inline HTML, as a pandoc node. Raises ReportError for one that is unknown."""
+    """Return one tag of inline HTML, as a pandoc node. Raises ReportError for one that is unknown.
+    """
     match = re.fullmatch(r"<(/?)(\w+)[^>]*>", text, re.DOTALL)
     name = match[2].lower() if match else ""
     if text.startswith("<!--") or name in ("center", "span", "font", "a", "p", "div"):
@@ -197,8 +198,17 @@ def _inline_html(text, piece, figures):
     if name in TAGS:
         return raw("Inline", "]" if match[1] else f"#{TAGS[name]}[")
     if name == "img":
-        return {"t": "Span", "c": [["", [], []], [
-            rewrite(inline, piece, figures) for block in _read_html(text) for inline in block["c"]]]}
+        return {
+            "t": "Span",
+            "c": [
+                ["", [], []],
+                [
+                    rewrite(inline, piece, figures)
+                    for block in _read_html(text)
+                    for inline in block["c"]
+                ],
+            ],
+        }
     raise ReportError(f"{piece.where} has HTML, {text.strip()[:40]!r}, in its Markdown: draw it in "
                       "a code cell, or write it as Markdown")
 
@@ -214,8 +224,10 @@ def _image(content, piece, figures):
         return {"t": "Span", "c": [["", [], []], rewrite(content[1], piece, figures)]}
     form, data = _picture(place, piece)
     if form not in PICTURES:
-        raise ReportError(f"{piece.where} has the image {place[:60]}, which is not there or none of "
-                          f"{', '.join(PICTURES)}")
+        raise ReportError(
+            f"{piece.where} has the image {place[:60]}, which is not there or none of "
+            f"{', '.join(PICTURES)}"
+        )
     figures.append((PICTURES[form], data))
     return raw("Inline", f'#picture("{len(figures) - 1}.{PICTURES[form]}")')
 
@@ -231,7 +243,8 @@ def _picture(place, piece):
             form, text = re.fullmatch(r"data:([\w/+]+);base64,(.*)", place, re.DOTALL).groups()
             return form, base64.b64decode(text)
         path = piece.folder / place
-        endings = {f".{ending}": form for form, ending in PICTURES.items()} | {".jpeg": "image/jpeg"}
+        endings = {f".{ending}": form for form, ending in PICTURES.items()}
+        endings[".jpeg"] = "image/jpeg"
         return endings.get(path.suffix.lower()), path.read_bytes()
     except (KeyError, ValueError, AttributeError, OSError, binascii.Error):
         return None, None

@@ -96,5 +96,5 @@ def fingerprint(net):
     digest = hashlib.sha256(repr(twin).encode())
     for name, tensor in twin.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""What people bring: checkpoints of other hands, narrower nets, data folders in other places."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cifar10
+import train_utils
+from conftest import REPOSITORY
+from resnet20 import ResNetCIFAR
+from training.checkpoints import load_weights, save_weights
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    net = ResNetCIFAR(num_layers=8)
+    torch.nn.init.normal_(net.head_conv[1].running_mean)
+    return net
+
+
+def prefixed(prefix):
+    return lambda state: {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("change", [
+    prefixed("module."), prefixed("_orig_mod."), prefixed("module._orig_mod."),
+    lambda state: {"state_dict": state, "epoch": 3},
+    lambda state: {"model": prefixed("module.")(state), "optimizer": {"lr": 0.1}},
+    lambda state: {"net": state, "acc": 91.5},
+    lambda state: {k: v for k, v in state.items() if "num_batches_tracked" not in k},
+    lambda state: {name: tensor.double() for name, tensor in state.items()},
+], ids=["module", "compiled", "both", "state_dict", "model", "net", "old BatchNorm", "float64"])
+def test_the_same_architecture_loads_however_it_was_saved(net, tmp_path, change):
+    torch.save(change(net.state_dict()), tmp_path / "net.pt")
+    other = load_weights(ResNetCIFAR(num_layers=8), tmp_path / "net.pt")
+    for name, tensor in other.state_dict().items():
+        expected = net.state_dict()[name]
+        assert torch.equal(tensor, expected) and tensor.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("object_, complaint", [
+    (torch.nn.Linear(2, 2), "it holds a torch.nn.modules.linear.Linear, not tensors alone"),
+    ([1, 2], "it holds a list, not a state dict"), (torch.ones(3), "it holds a Tensor"),
+    ({"state_dict": {"a": torch.ones(1)}}, "another architecture"),
+    ({}, "another architecture"),
+])
+def test_what_is_no_state_dict_is_named_for_what_it_is(net, tmp_path, object_, complaint):
+    torch.save(object_, tmp_path / "net.pt")
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(ValueError, match=complaint) as caught:
+        load_weights(net, tmp_path / "net.pt")
+    assert "weights_only" not in str(caught.value)  # torch's advice, an option that we do not have
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_net_of_another_precision_is_tested_in_it(monkeypatch, small_cifar, dtype):
+    monkeypatch.setattr(train_utils, "get_data", lambda device: small_cifar)
+    float_net = load_weights(ResNetCIFAR(num_layers=20), REPOSITORY / "pretrained_model.pt")
+    expected = train_utils.test(float_net, verbose=False)
+    found = train_utils.test(float_net.to(dtype), verbose=False)
+    assert expected > 0.8 and abs(found - expected) <= 0.02
+
+
+# ---------------------------------------------------------------- the data folder
+
+
+@pytest.fixture
+def batches(tmp_path):
+    """A folder that looks like the unpacked batches, and what the reader was asked for."""
+    folder = tmp_path / "downloads" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    (folder / "data_batch_1").write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize("root", [".", "..", "../.."])
+def test_batches_are_found_in_the_folder_one_level_down_and_as_the_folder(batches, root):
+    assert cifar10._find_batches((batches / root).resolve()) == batches
+
+
+def test_a_folder_without_batches_is_none(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert cifar10._find_batches(tmp_path) is None
+
+
+def test_the_data_folder_does_not_depend_on_where_one_starts(tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import cifar10; print(cifar10.default_root())"
+    )
+    found = {subprocess.run([sys.executable, "-c", script, str(REPOSITORY)], cwd=folder,
+                            capture_output=True, text=True, check=True,
+                            env={"PATH": shutil.os.environ["PATH"]}).stdout.strip()
+             for folder in (tmp_path, REPOSITORY)}
+    assert found == {str(REPOSITORY / "data")}
+
+
+def test_a_packed_checkpoint_of_other_hands_decodes_to_the_same_logits(net, tmp_path):
+    """Through the command line, for a file that is no run's."""
+    from model_file.__main__ import main
+
+    torch.manual_seed(1)
+    other = ResNetCIFAR(num_layers=20)
+    save_weights(other, tmp_path / "theirs.pt")
+    out = tmp_path / "theirs.rnpq"
+    assert main(["pack", str(tmp_path / "theirs.pt"), str(out), "--bits", "4"]) == 0
+    assert main(["unpack", str(out), str(tmp_path / "again.pt")]) == 0
+    quantized = load_weights(ResNetCIFAR(num_layers=20, Nbits=4), tmp_path / "theirs.pt").eval()
+    again = load_weights(ResNetCIFAR(num_layers=20), tmp_path / "again.pt").eval()
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), quantized(x), rtol=1e-4, atol=1e-4)
