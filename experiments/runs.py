@@ -114,11 +114,39 @@ def _ablation_runs():
                   teacher="ablation_float_muon" if recipe.distill else None, **ABLATION)
 
 
+def _earlier_ablation_runs():
+    """By which the improved recipe was chosen: 4 epochs each, or 20 where a name says long."""
+    rate = replace(IMPROVED, distill=0.0)
+    short, long = "ablation_float", "ablation_long_float"
+    for name, epochs in ((short, 10), (long, 40)):
+        yield Run(name, f"float model of the ablation, {epochs} epochs", start_from=None,
+                  recipe=replace(SGD, epochs=epochs), **ABLATION)
+    for kind, what, setting in (("2bit", "2-bit weights", dict(Nbits=2)),
+                                ("global", "70 % pruned",
+                                 dict(pruning=Pruning("global", 70.0, epochs=2)))):
+        setting |= dict(start_from=short, **ABLATION)
+        yield Run(f"ablation_{kind}_assigned", f"{what}, 4 epochs: assigned recipe",
+                  recipe=Recipe(epochs=4), **setting)
+        yield Run(f"ablation_{kind}_rate", f"{what}, 4 epochs: higher rate, on a cosine",
+                  recipe=replace(rate, epochs=4), **setting)
+    yield Run("ablation_2bit_step", "2-bit weights, 4 epochs: that rate and a learned step",
+              start_from=short, Nbits=2, quantizer="learned", recipe=replace(rate, epochs=4),
+              **ABLATION)
+    for kind, without, what, setting in (
+            ("2bit", "step", "2-bit weights, rate and step", dict(Nbits=2, quantizer="learned")),
+            ("global", "rate", "70 % pruned, higher rate", dict(pruning=GLOBAL))):
+        setting |= dict(start_from=long, **ABLATION)
+        yield Run(f"ablation_long_{kind}_{without}", f"{what}, 20 epochs", recipe=rate, **setting)
+        yield Run(f"ablation_long_{kind}_distill", f"{what}, 20 epochs: and distillation",
+                  recipe=IMPROVED, teacher=long, **setting)
+
+
 RUNS = {run.name: run for run in (
     Run("pretrain", "Lab 2 (a): the float model, from scratch", start_from=None, keep="last",
         recipe=replace(SGD, epochs=50)),
     *_assigned_runs(),
     *_improved_runs(),
+    *_earlier_ablation_runs(),
     *_ablation_runs(),
     # Not assigned: for a reader who sets Nbits in hw4.ipynb to a width of Lab 3 (b) without a run.
     *(Run(f"lab3c_{n}bit", f"Lab 3 (c): {n}-bit weights", Nbits=n) for n in (6, 5)),

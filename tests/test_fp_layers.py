@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
+import FP_layers
 from FP_layers import (
     STE, FP_Conv, FP_Linear, Learned, LearnedStep, MinMax, check_n_bits, code_range, fit_step,
 )
@@ -294,6 +295,15 @@ def test_gradients_are_those_autograd_finds_when_only_rounding_is_passed_straigh
     torch.testing.assert_close(found[1], expected[1] / (4 * 3 * 3 * highest) ** 0.5)
 
 
+@pytest.mark.parametrize("lowest, highest", RANGES)
+def test_a_weight_at_an_end_of_the_range_is_inside(lowest, highest):
+    w = (0.25 * torch.tensor([lowest - 0.25, lowest, highest, highest + 0.25])).requires_grad_()
+    step = torch.tensor([0.25], requires_grad=True)
+    LearnedStep.apply(w, step, lowest, highest).sum().backward()
+    assert w.grad.tolist() == [0, 1, 1, 0]
+    assert step.grad.item() == pytest.approx((lowest + highest) / (4 * highest) ** 0.5)
+
+
 @given(weights, st.floats(0.01, 4), st.sampled_from(RANGES))
 def test_learned_step_yields_codes_times_the_step_and_keeps_zeros(w, step, limits):
     step = torch.tensor([step])
@@ -325,11 +335,23 @@ def test_fitted_step_is_as_good_as_a_fine_search(lowest, highest):
             / highest
         )
         assert error(step) <= 1.05 * error(search).min()
+        codes = (row / step).round().clamp(lowest, highest)  # for them, no step is better
+        torch.testing.assert_close(step, (row @ codes) / (codes @ codes), rtol=1e-12, atol=0)
 
 
 def test_fitting_recovers_a_grid_exactly_and_survives_zeros():
     codes = torch.tensor([[-1.0, 0, 1, 1], [0, 0, 0, 0]])
     assert torch.allclose(fit_step(codes * 0.37, -1, 1), torch.tensor([[0.37], [1.0]]))
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_fitting_of_weights_of_one_sign_and_zeros(sign):
+    w = sign * torch.tensor([[0.5, 0.0, 0.5, 0.0]])
+    assert fit_step(w, -1, 1).item() == 0.5
+
+
+def test_a_fitted_step_is_no_part_of_the_graph():
+    assert not fit_step(torch.ones(2, 3, requires_grad=True), -2, 1).requires_grad
 
 
 def test_fitting_survives_weights_that_a_step_can_hardly_tell_from_zero():
@@ -608,6 +630,9 @@ def test_star_import_yields_what_notebooks_of_the_course_use():
         FP_Linear,
     )
     assert names["device"] == torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for other in ("devic", "devices", "DEVICE"):
+        with pytest.raises(AttributeError, match=f"'FP_layers' has no attribute '{other}'"):
+            getattr(FP_layers, other)
 
 
 @pytest.mark.parametrize("bit, symmetric", [(2, False), (4, True)])

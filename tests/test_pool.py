@@ -243,10 +243,12 @@ def test_a_process_of_its_own_gets_the_run_the_folder_and_one_thread(
     stub, sigint_is_heard, monkeypatch, tmp_path, as_recorded
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     child = pool._Child("lab3c_2bit@3", Path("into"), as_recorded, slot=5)
     wait_for(stub)
     (dash, module, *arguments), environment, folder = json.loads(stub.read_text())
     assert (dash, module, folder) == ("-m", "experiments", str(REPOSITORY))
+    assert str(tmp_path / "into") in arguments  # whole: it starts in another folder
     options = vars(commands._parser().parse_args(arguments))
     assert options == dict(command="run", names=["lab3c_2bit@3"], force=True, jobs=1, seeds=1,
                            into=tmp_path / "into", as_recorded=as_recorded)
