@@ -190,10 +190,40 @@ def test_the_ablation_takes_one_part_at_a_time():
         "ablation_2bit_warm": {"recipe.temperature"},
         "ablation_2bit_muon": {"recipe.optimizer", "recipe.lr", "recipe.muon_lr"},
     }
-    assert {*parts, "ablation_float_muon", "ablation_2bit_sgd"} == {*ABLATION}
     for name, part in parts.items():
         base = "ablation_float_muon" if "float" in name else "ablation_2bit_sgd"
         assert different(config(name), config(base)) - {"name", "question"} == part
+
+
+@pytest.mark.parametrize("with_it, without, improved", [
+    ("2bit_distill", "2bit_step", "lab3c_2bit_improved"),
+    ("global_distill", "global_rate", "lab2e_global_improved"),
+])
+def test_the_long_ablation_is_the_improved_recipe_with_and_without_distillation(
+    with_it, without, improved
+):
+    a, b = config(f"ablation_long_{with_it}"), config(f"ablation_long_{without}")
+    assert different(a, b) == {"name", "question", "recipe.distill", "teacher"}
+    assert b["recipe"]["distill"] == 0
+    assert different(a, config(improved)) == {
+        "name", "question", "held_out", "start_from", "teacher"}
+
+
+@pytest.mark.parametrize("name, base, part", [
+    ("ablation_2bit_step", "ablation_2bit_rate", {"quantizer"}),
+    ("ablation_2bit_rate", "ablation_long_2bit_step", {"recipe.epochs", "quantizer", "start_from"}),
+    ("ablation_global_rate", "ablation_long_global_rate",
+     {"recipe.epochs", "pruning.epochs", "start_from"}),
+    ("ablation_long_float", "ablation_float", {"recipe.epochs"}),
+])
+def test_the_short_ablation_leads_to_the_long_one(name, base, part):
+    assert different(config(name), config(base)) - {"name", "question"} == part
+
+
+@pytest.mark.parametrize("kind", ["2bit", "global"])
+def test_the_short_ablation_begins_with_the_assigned_recipe(kind):
+    assert get(f"ablation_{kind}_assigned").recipe == dataclasses.replace(
+        get(f"lab{'3c_2bit' if kind == '2bit' else '2e_global'}").recipe, epochs=4)
 
 
 def test_the_base_of_the_2_bit_ablation_is_the_improved_recipe():
@@ -206,4 +236,3 @@ def test_nothing_in_the_ablation_has_seen_the_images_that_it_is_tested_on():
         assert (run.held_out, run.seed, run.keep) == (5000, 0, "last")
         seen = {run.start_from, run.teacher} - {None}
         assert all(get(parent).held_out == 5000 for parent in seen)
-        assert run.recipe.epochs == 20

@@ -1,0 +1,67 @@
+"""Does bfloat16 cost accuracy? Two short trainings on held-out images, alike but for the precision.
+
+`python -m benchmarks.precision` trains the float ResNet-20 on 45,000 of the training images, in
+float32 and in bfloat16, and tests both on the other 5,000.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import train_utils
+from cifar10 import hold_out
+from experiments.runs import SGD
+from files import atomic_write
+from resnet20 import ResNetCIFAR
+from training.execution import Execution, bf16_is_right, has_bf16
+from training.journal import Journal
+
+RESULTS = Path(__file__).with_name("precision.json")
+
+
+def compare(epochs, n_held_out=5000, device="cpu"):
+    """Return {precision: {"loss", "accuracy"}}, held out, after so many epochs with one seed."""
+    data = hold_out(train_utils.get_data(torch.device(device)), n_held_out)
+    found = {}
+    for name, execution in (("float32", Execution()), ("bfloat16", Execution(bf16=True))):
+        torch.manual_seed(0)
+        net = ResNetCIFAR(20).to(device)
+        history, _ = train_utils.fit(net, replace(SGD, epochs=epochs), data, execution=execution,
+                                     journal=Journal(name))
+        found[name] = {"loss": history[-1]["test_loss"], "accuracy": history[-1]["test_accuracy"]}
+    return found
+
+
+def main(arguments=None):
+    """Command line; returns the exit status: 1 if bfloat16 is lower beyond two standard errors."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision",
+                                     description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--held-out", type=int, default=5000)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    net = ResNetCIFAR(20).to(options.device)
+    if not (has_bf16(torch.device(options.device)) and bf16_is_right(net)):
+        print("error: this machine does not multiply bfloat16, or not rightly", file=sys.stderr)
+        return 1
+    found = compare(options.epochs, options.held_out, options.device)
+    a, b = found["float32"]["accuracy"], found["bfloat16"]["accuracy"]
+    error = math.sqrt((a * (1 - a) + b * (1 - b)) / options.held_out)  # of the difference
+    results = found | {"epochs": options.epochs, "held_out": options.held_out,
+                       "standard_error": error}
+    with atomic_write(options.out) as file:
+        file.write((json.dumps(results, indent=1) + "\n").encode())
+    print(f"float32 {100 * a:.2f} %, bfloat16 {100 * b:.2f} % on {options.held_out:,} held-out "
+          f"images after {options.epochs} epochs; standard error of the difference "
+          f"{100 * error:.2f} points")
+    return int(b < a - 2 * error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
