@@ -76,20 +76,29 @@ def _mathematics():
         return frozenset(json.loads(typst.query(query, "<names>", field="value", one=True)))
 
 
+TOKEN = re.compile(
+    r'"(?:\\.|[^"\\])*"|\\.'  # a string, an escape
+    r"|(?P<call>#[a-z]+\([^()\[\]$]*(?P<opens>\)|\[))"  # pandoc's own #h(2em), or #box(..., [
+    r"|(?P<dollar>\$)|(?P<close>\])|(?P<word>[A-Za-z]{2,})(?:\.[a-z.]+)?(?![\w:])", re.DOTALL)
+
+
 def quote_words(text):
     """Return Typst in which each word of a formula that mathematics does not define is a string."""
-    inside = False
+    modes = []  # "$", a formula; "[", text that a call within a formula holds
 
     def token(match):
-        nonlocal inside
-        if match[0] == "$":
-            inside = not inside
-        elif inside and match[1] and match[1] not in _mathematics():
+        inside = modes[-1:] == ["$"]
+        if match["dollar"]:
+            modes.pop() if inside else modes.append("$")
+        elif inside and match["opens"] == "[":
+            modes.append("[")
+        elif match["close"] and modes[-1:] == ["["]:
+            modes.pop()
+        elif inside and match["word"] and match["word"] not in _mathematics():
             return f'"{match[0]}"'
         return match[0]
 
-    return re.sub(r'"(?:\\.|[^"\\])*"|\\.|\$|([A-Za-z]{2,})(?:\.[a-z.]+)?(?![\w:])', token, text,
-                  flags=re.DOTALL)
+    return TOKEN.sub(token, text)
 
 
 # ---------------------------------------------------------------- pandoc
