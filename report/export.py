@@ -75,7 +75,8 @@ def contents(blocks):
     for block in blocks:
         if block["t"] == "RawBlock" and block["c"][1].startswith("%in short "):
             if rows:
-                rows[-1]["result"] = block["c"][1].removeprefix("%in short ")
+                text = block["c"][1].removeprefix("%in short ")
+                rows[-1]["result"] = [raw("Inline", f"#{literal(text)};")]
             continue
         kept.append(block)
         if block["t"] == "Header" and block["c"][0] <= 2:
@@ -87,31 +88,30 @@ def contents(blocks):
             # A section's points include its questions'.
             total += float(points or 0) if level == 1 or not section else 0
             attributes[0] = f"problem{len(rows)}"
-            rows.append({"level": level, "points": points, "inlines": inlines, "result": ""})
+            rows.append({"level": level, "points": points, "inlines": inlines, "result": []})
         elif rows and not rows[-1]["result"]:
             rows[-1]["result"] = _bold_opening(block)
     page = []
     for number, row in enumerate(rows):
-        call = (f'#entry({row["level"]}, "{row["points"]}", <problem{number}>, '
-                f'{literal(row["result"])})[')
-        page.append({"t": "Plain", "c": [raw("Inline", call), *row["inlines"],
-                                         raw("Inline", "];")]})
+        call = f'#entry({row["level"]}, "{row["points"]}", <problem{number}>)['
+        page.append({"t": "Plain", "c": [raw("Inline", call), *row["inlines"], raw("Inline", "]["),
+                                         *row["result"], raw("Inline", "];")]})
     if total:
         page.append(raw("Block", f"#line(length: 100%, stroke: 0.4pt)\n"
-                                 f"#row([*Total*], [], [*{total:g}*])"))
+                                 f"#text(size: 8pt, row([*Total*], [], [*{total:g}*]))"))
     return page, kept
 
 
 def _bold_opening(block):
-    """Return "True" of a paragraph that begins with bold "True.", X of "Answer: X", else ""."""
+    """Return, as inlines, "True" of a paragraph that opens in bold "True.", X of "Answer: X."."""
     first = block["c"][0] if block["t"] == "Para" and block["c"] else {"t": ""}
     if first["t"] != "Strong":
-        return ""
-    words = [json.loads(i["c"][1][1:-1]) if i["t"] == "RawInline" and i["c"][1].startswith('#"')
-             else " " if i["t"] in ("Space", "SoftBreak") else "..." for i in first["c"]]
-    text = "".join(words).replace("\u200b", "")
-    match = re.fullmatch(r"(True|False)\.|Answer: (.{,60})[.:]", text, re.DOTALL)
-    return (match[1] or match[2]) if match else ""
+        return []
+    inlines = first["c"]
+    word = inlines[0]["c"][1] if inlines and inlines[0]["t"] == "RawInline" else ""
+    if word in ('#"True.";', '#"False.";'):
+        return [raw("Inline", word.replace('.";', '";'))]
+    return inlines[2:] if word == '#"Answer:";' else []
 
 
 def typeset(document, source, student="", netid="", date=None):
