@@ -135,7 +135,8 @@ class AssignedProcess:
                 1,
                 multiprocessing.get_context("spawn"),
                 _start_assigned,
-                (arrays, data.train_images.device, workers, torch.get_num_threads()),
+                (arrays, data.train_images.device, workers, torch.get_num_threads(),
+                 multiprocessing.get_start_method()),
             )
             self.pool.submit(os.getpid).result()
         finally:
@@ -159,8 +160,10 @@ class AssignedProcess:
 _assigned = {}  # in that process: "data", "workers", and the pipeline of each batch size
 
 
-def _start_assigned(arrays, device, workers, threads):
+def _start_assigned(arrays, device, workers, threads, start_method):
     torch.set_num_threads(threads)
+    # As in a notebook: workers of a spawned process would import PyTorch anew in each epoch.
+    multiprocessing.set_start_method(start_method, force=True)
     _assigned.update(data=CIFAR10(*(torch.from_numpy(array).to(device) for array in arrays)),
                      workers=workers)
 

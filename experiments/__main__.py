@@ -36,7 +36,7 @@ def _parser():
     )
     run.add_argument("names", nargs="+", metavar="NAME", help="names from `list`, or all")
     run.add_argument("--force", action="store_true", help="train again what is trained already")
-    run.add_argument("--into", type=Path, default=SHIPPED, metavar="FOLDER",
+    run.add_argument("--into", type=_folder, default=SHIPPED, metavar="FOLDER",
                      help="where weights and records go, and parents are looked for first "
                           "(default: checkpoints)")
     run.add_argument("--seeds", type=_count, default=1, metavar="N",
@@ -53,6 +53,10 @@ def _count(text):
     if not (text.isdecimal() and int(text) >= 1):
         raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
     return int(text)
+
+
+def _folder(text):
+    return Path(text).resolve()  # so that the shipped folder is known by any of its names
 
 
 def _list():

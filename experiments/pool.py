@@ -29,12 +29,12 @@ def run(names, folder, jobs=None, as_recorded=False):
     try:
         while waiting or running:
             for name in [name for name in waiting if _parents(name) & failed]:
-                print(
-                    f"{name}: left out, as {', '.join(_parents(name) & failed)} failed", flush=True
-                )
+                reason = ", ".join(sorted(_parents(name) & failed))
+                print(f"{name}: left out, as {reason} failed", flush=True)
                 waiting.remove(name)
                 failed.add(name)
-            ready = [name for name in waiting if not _parents(name) & {*waiting, *running}]
+            ready = [name for name in waiting
+                     if not _parents(name) & {*waiting, *running, *failed}]
             for name in ready[:jobs - len(running)]:
                 waiting.remove(name)
                 slot = min(set(range(jobs)) - {child.slot for child in running.values()})

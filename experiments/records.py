@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from experiments.runs import get
+from experiments.runs import Run, get
 from files import atomic_write
 
 __all__ = ["RecordError", "SHIPPED", "RETRAINED", "weights_path", "record_path", "read_record",
@@ -56,13 +56,13 @@ def config_of(run):
     return dataclasses.asdict(run)
 
 
-def _differences(recorded, now, prefix=""):
-    """Return {setting: (recorded, now)}; a setting that only `now` has is recorded as None."""
+def _differences(recorded, now, default, prefix=""):
+    """Return {setting: (recorded, now)}; a setting that came later is recorded as its default."""
     differ = {}
     for key in recorded.keys() | now.keys():
-        a, b = recorded.get(key), now.get(key)
+        a, b = recorded.get(key, default.get(key)), now.get(key)
         if isinstance(b, dict) and isinstance(a, dict):
-            differ |= _differences(a, b, f"{prefix}{key}.")
+            differ |= _differences(a, b, default[key], f"{prefix}{key}.")
         elif a != b and key != "question":  # a text, not a setting
             differ[prefix + key] = (a, b)
     return differ
@@ -79,7 +79,7 @@ def read_record(name, folder=None):
     again = f"train it again: python -m experiments run {name} --force"
     try:
         record = json.loads(path.read_text())
-        differ = _differences(record["config"], config_of(run))
+        differ = _differences(record["config"], config_of(run), config_of(Run("", "")))
         written = record["weights_sha256"]
     except FileNotFoundError:
         return None

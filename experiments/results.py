@@ -4,7 +4,7 @@ import argparse
 import statistics
 import sys
 
-from experiments.records import SHIPPED, read_record
+from experiments.records import SHIPPED, read_record, record_path
 from experiments.runs import REFERENCE, RUNS, get
 from files import replace_section
 
@@ -28,7 +28,8 @@ def accuracies(name, which, folder=SHIPPED):
 
     which: "best" or "last", the epoch.
     """
-    seeds = sorted(int(path.stem.partition("@")[2]) for path in folder.glob(f"{name}@*.json"))
+    place = record_path(name, folder).parent
+    seeds = sorted(int(path.stem.partition("@")[2]) for path in place.glob(f"{name}@*.json"))
     records = [read_record(run, folder) for run in (name, *(f"{name}@{seed}" for seed in seeds))]
     return [record[which]["test_accuracy"] for record in records if record is not None]
 

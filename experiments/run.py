@@ -164,5 +164,5 @@ def announce(names):
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     minutes = seconds_needed(names) / 60
     time = (f"{minutes / 60:.1f} hours" if minutes > 90
-            else f"{minutes:.0f} minutes" if minutes >= 1 else "a minute")
+            else f"{minutes:.0f} minutes" if minutes >= 1.5 else "a minute")
     print(f"{', '.join(names)}: at most about {time} of training on {where}", flush=True)

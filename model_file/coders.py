@@ -24,6 +24,7 @@ class Alphabet(NamedTuple):
 
     @property
     def size(self):
+        """The number of symbols in the array."""
         return math.prod(self.shape)
 
     @property

@@ -56,6 +56,7 @@ class Record(NamedTuple):
 
     @property
     def alphabet(self):
+        """What a decoder knows of the tensor's symbols."""
         return Alphabet(self.shape, self.n_levels, self.zero)
 
     def float_layout(self, float_bits):

@@ -229,6 +229,23 @@ def broken_axes():
     return pair
 
 
+def _number_models(methods, pair, cut):
+    """Join the places of each model by a thin line, number it, and write the key beside."""
+    upper, lower = pair
+    models = dict.fromkeys(model for models in methods.values() for model in models)
+    for number, model in enumerate(models, start=1):
+        places = [models[model] for models in methods.values() if model in models]
+        size, accuracy = places[-1]
+        ax = upper if accuracy > cut else lower
+        ax.annotate(number, (size, 100 * accuracy), (-5, 0), textcoords="offset points", fontsize=7,
+                    ha="right", va="center")
+        line = [size for size, _ in places], [100 * accuracy for _, accuracy in places]
+        for ax in pair:  # an artist, not a plot: what is out of its range must not widen it
+            ax.add_artist(plt.Line2D(*line, color="0.8", linewidth=0.7, zorder=0))
+    key = "\n".join(f"{number}  {model}" for number, model in enumerate(models, start=1))
+    upper.text(1.02, 1, key, transform=upper.transAxes, va="top", fontsize=7)
+
+
 def plot_size(methods, pair, cut, baseline=None, limit=None):
     """Draw accuracy in % against file size in bytes, on a log axis; returns the two Axes of `pair`.
 
@@ -246,20 +263,7 @@ def plot_size(methods, pair, cut, baseline=None, limit=None):
             ax.plot(*zip(*inside or [(np.nan, np.nan)]),
                     label=label,
                     **(style(i) | {"linestyle": "none"}))
-    numbered = list(
-        enumerate(dict.fromkeys(model for models in methods.values() for model in models), start=1)
-    )
-    for number, model in numbered:
-        places = [models[model] for models in methods.values() if model in models]
-        size, accuracy = places[-1]
-        ax = upper if accuracy > cut else lower
-        ax.annotate(number, (size, 100 * accuracy), (-5, 0), textcoords="offset points", fontsize=7,
-                    ha="right", va="center")
-        line = [size for size, _ in places], [100 * accuracy for _, accuracy in places]
-        for ax in pair:  # an artist, not a plot: what is out of its range must not widen it
-            ax.add_artist(plt.Line2D(*line, color="0.8", linewidth=0.7, zorder=0))
-    key = "\n".join(f"{number}  {model}" for number, model in numbered)
-    upper.text(1.02, 1, key, transform=upper.transAxes, va="top", fontsize=7)
+    _number_models(methods, pair, cut)
     if baseline is not None:
         _draw_float(upper, 100 * baseline)
     for ax in pair if limit is not None else ():
