@@ -32,7 +32,7 @@ def percentile(magnitudes, q):
     if not torch.isfinite(magnitudes).all():
         raise ValueError("weights must be finite to be ranked, got NaN or infinite ones")
     ordered = magnitudes.flatten().sort().values
-    return ordered[math.floor(q * (len(ordered) - 1) / 100)]
+    return ordered[math.floor(float(q) * (len(ordered) - 1) / 100)]
 
 
 def prune_by_percentage(layer, q=70.0):

@@ -22,12 +22,14 @@ def load(checkpoint, Nbits=None, symmetric=False, quantizer=None):
     quantizer. For other files, or to have it otherwise, the arguments say it; without them the
     weights are taken as they are. Raises ValueError for an unknown name, and as load_weights does.
     """
+    if Nbits is None and (symmetric or quantizer is not None):
+        raise ValueError("bits must be given where symmetric or quantizer is, got None")
     path = Path(checkpoint)
     if path.suffix != ".pt":
         name, path = str(checkpoint), weights_path(str(checkpoint))
     else:
         name = "pretrain" if path.name == weights_path("pretrain").name else path.stem
-    if name in RUNS and Nbits is None:
+    if name.partition("@")[0] in RUNS and Nbits is None:
         return load_weights(build(name, "cpu"), path)
     kind = QUANTIZERS["minmax" if quantizer is None else quantizer]
     return load_weights(ResNetCIFAR(20, Nbits, symmetric, kind), path)

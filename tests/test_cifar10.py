@@ -114,14 +114,16 @@ def test_a_good_cache_in_cifar10_root_is_all_it_takes(monkeypatch, cifar_root, c
     assert same(cifar10.load(), cifar)
 
 
-@pytest.mark.parametrize(
-    "value, expected", [("/some/where", "/some/where"), ("", "data"), (None, "data")]
-)
-def test_default_root(monkeypatch, value, expected):
+@pytest.mark.parametrize("value, expected", [
+    ("/some/where", "/some/where"), ("", REPOSITORY / "data"), (None, REPOSITORY / "data"),
+])
+def test_default_root(monkeypatch, tmp_path, value, expected):
+    """Beside the module, wherever Python was started."""
     monkeypatch.delenv("CIFAR10_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
     if value is not None:
         monkeypatch.setenv("CIFAR10_ROOT", value)
-    assert str(cifar10.default_root()) == expected
+    assert str(cifar10.default_root()) == str(expected)
 
 
 def test_a_fetched_data_set_is_cached_for_everyone_and_not_fetched_again(online, cifar, tmp_path):

@@ -16,7 +16,9 @@ from scipy.stats import entropy
 
 from experiments.records import weights_path
 from model_file import coders, context_model
-from model_file.coders import CODERS, Alphabet, CompressionError, decode, encode, entropy_bytes
+from model_file.coders import (
+    CODERS, Alphabet, ByteReader, CompressionError, decode, encode, entropy_bytes,
+)
 
 quick = settings(max_examples=60, deadline=None)
 names = st.sampled_from(sorted(CODERS))
@@ -64,19 +66,22 @@ def ternary():
 
 
 @quick
-@given(arrays_of_symbols(), names)
-def test_decoding_gives_the_symbols_back(case, coder):
+@given(arrays_of_symbols())
+def test_decoding_gives_the_symbols_back(case):
     arrays, alphabets = case
-    decoded = decode(coder, encode(coder, arrays, alphabets), alphabets)
-    assert len(decoded) == len(arrays)
-    assert all(np.array_equal(a, b) and a.shape == b.shape for a, b in zip(arrays, decoded))
+    for coder in CODERS:
+        decoded = decode(coder, encode(coder, arrays, alphabets), alphabets)
+        assert len(decoded) == len(arrays)
+        assert all(np.array_equal(a, b) and a.shape == b.shape for a, b in zip(arrays, decoded))
 
 
 @pytest.mark.parametrize("coder", CODERS)
-def test_all_levels_of_the_widest_alphabet(coder):
-    array = np.random.default_rng(0).permutation(np.arange(257).repeat(9)).reshape(257, 1, 3, 3)
-    for zero in (0, 100, 256):
-        alphabets = [Alphabet(array.shape, 257, zero)]
+@pytest.mark.parametrize("n_levels", [2, 3, 4, 5, 16, 17, 256, 257])
+def test_all_levels_of_an_alphabet(coder, n_levels):
+    array = np.random.default_rng(0).permutation(np.arange(n_levels).repeat(9))
+    array = array.reshape(n_levels, 1, 3, 3)
+    for zero in {0, 1, n_levels // 3, n_levels - 2, n_levels - 1}:
+        alphabets = [Alphabet(array.shape, n_levels, zero)]
         assert np.array_equal(decode(coder, encode(coder, [array], alphabets), alphabets)[0], array)
 
 
@@ -284,6 +289,38 @@ def test_bytes_too_many_are_refused(coder, more):
         decode(coder, encode(coder, [array], [alphabet]) + more, [alphabet])
     with pytest.raises(CompressionError):
         decode(coder, more, [Alphabet((3,), 1, 0)])
+
+
+@pytest.mark.parametrize("zero, symbol", [(1, -1), (14, 16)])
+def test_a_symbol_that_is_not_in_the_alphabet_is_refused(zero, symbol):
+    """The context coder tells distances from zero, so that its bytes can say more on one side."""
+    alphabet = Alphabet((4, 5), 16, zero)
+    array = np.tile([zero, symbol, zero, 3], 5)
+    data = CODERS["context"][0]([array], [alphabet])
+    assert CODERS["context"][1](data, [alphabet])[0].tolist() == array.tolist()
+    with pytest.raises(CompressionError, match="not in its alphabet"):
+        decode("context", data, [alphabet])
+
+
+def test_as_many_arrays_as_alphabets():
+    array, alphabet = skewed(0, (8,), 5, 2)
+    for function in (lambda *args: encode("range", *args), entropy_bytes):
+        for case in (([array], [alphabet] * 2), ([array] * 2, [alphabet])):
+            with pytest.raises(ValueError, match="zip"):
+                function(*case)
+
+
+def test_a_reader_takes_what_is_there_and_says_what_is_not():
+    reader = ByteReader(bytes(range(10)), "the data")
+    assert reader.take(3) == bytes([0, 1, 2]) and reader.take(0) == b"" and reader.position == 3
+    with pytest.raises(CompressionError) as caught:
+        reader.take(8)
+    assert str(caught.value) == "the data must go on for 8 bytes after byte 3, got 7"
+    with pytest.raises(CompressionError) as caught:
+        reader.end()
+    assert str(caught.value) == "the data must end after byte 3, got 10 bytes"
+    assert reader.take(7) == bytes(range(3, 10))
+    reader.end()
 
 
 def test_error_is_a_value_error():

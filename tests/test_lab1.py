@@ -218,7 +218,8 @@ def test_stored_notebook_was_run_from_top_to_bottom():
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     for cell in code:
-        assert len(cell.source.splitlines()) <= 15 or cell.id == "plots", cell.id
+        hidden = {"remove-cell", "remove-input"} & set(cell.metadata.get("tags", []))
+        assert len(cell.source.splitlines()) <= (45 if hidden else 15), cell.id
         assert all(
             output.output_type != "error" and output.get("name") != "stderr"
             for output in cell.outputs

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from arguments import COUNT, check
 from FP_layers import FP_Conv
 from training.batches import Batches
 
@@ -92,6 +93,7 @@ def seconds_a_step(net, batch_size, how=Execution(), steps=4):
 
     A copy of `net` is trained, on random images.
     """
+    check(COUNT, batch_size=batch_size, steps=steps)
     net = copy.deepcopy(net).to(memory_format=torch.channels_last).train()
     device = next(net.parameters()).device
     images = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8, device=device)

@@ -39,19 +39,19 @@ def _folded(net):
         return _with_weight(net.conv, net.quantized_weight(), net.conv.bias)
     twin = copy.copy(net)  # shallow: its own dictionary of children, the same parameters
     twin.training = False
-    twin._modules = {name: child and _folded(child) for name, child in net._modules.items()}
-    if isinstance(net, nn.Sequential):
-        names = list(net._modules)
-        for conv, norm in zip(names, names[1:]):
-            layer, batch_norm = net._modules[conv], net._modules[norm]
-            if (isinstance(layer, FP_Conv) and type(batch_norm) is nn.BatchNorm2d
-                    and batch_norm.track_running_stats):
-                weight, bias = fuse_conv_bn_weights(
-                    layer.quantized_weight(), layer.conv.bias, batch_norm.running_mean,
-                    batch_norm.running_var, batch_norm.eps, batch_norm.weight, batch_norm.bias)
-                weight = weight.contiguous(memory_format=torch.channels_last)
-                twin._modules[conv] = _with_weight(layer.conv, weight, bias)
-                twin._modules[norm] = nn.Identity()
+    children = dict(net._modules)
+    names = list(children) if isinstance(net, nn.Sequential) else []
+    for conv, norm in zip(names, names[1:]):
+        layer, batch_norm = children[conv], children[norm]
+        if (isinstance(layer, FP_Conv) and type(batch_norm) is nn.BatchNorm2d
+                and batch_norm.track_running_stats):
+            weight, bias = fuse_conv_bn_weights(
+                layer.quantized_weight(), layer.conv.bias, batch_norm.running_mean,
+                batch_norm.running_var, batch_norm.eps, batch_norm.weight, batch_norm.bias)
+            weight = weight.contiguous(memory_format=torch.channels_last)
+            children[conv] = _with_weight(layer.conv, weight, bias)
+            children[norm] = nn.Identity()
+    twin._modules = {name: child and _folded(child) for name, child in children.items()}
     return twin
 
 
