@@ -218,9 +218,6 @@ class Learned(nn.Module):
             self.step.data.copy_(step)
 
 
-# ---------------------------------------------------------------- layers
-
-
 class _FixedPoint(nn.Module):
     """How the weight of a layer's child becomes what FP_Conv or FP_Linear compute with."""
 
@@ -251,6 +248,11 @@ class _FixedPoint(nn.Module):
             quantizer.fit(self.weight)
         self.quantizer = quantizer
 
+    def forward(self, x):
+        if self.quantizer is None:
+            return next(self.children())(x)  # with whatever hooks the child has
+        return self._compute(x, self.quantizer(self.weight))
+
     def quantized_weight(self):
         """Return the weight that forward computes with, of the float weight's shape."""
         return self.weight if self.quantizer is None else self.quantizer(self.weight)
@@ -277,8 +279,8 @@ class FP_Linear(_FixedPoint):
             "linear", nn.Linear(in_features, out_features), Nbits, symmetric, quantizer
         )
 
-    def forward(self, x):
-        return F.linear(x, self.quantized_weight(), self.linear.bias)
+    def _compute(self, x, weight):
+        return F.linear(x, weight, self.linear.bias)
 
 
 class FP_Conv(_FixedPoint):
@@ -294,6 +296,5 @@ class FP_Conv(_FixedPoint):
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
         super().__init__("conv", conv, Nbits, symmetric, quantizer)
 
-    def forward(self, x):
-        conv = self.conv
-        return F.conv2d(x, self.quantized_weight(), conv.bias, conv.stride, conv.padding)
+    def _compute(self, x, weight):
+        return F.conv2d(x, weight, self.conv.bias, self.conv.stride, self.conv.padding)

@@ -51,7 +51,7 @@ def train_run(name, folder=SHIPPED, as_recorded=False):
         teacher_sha256 = _load_parent(run.teacher, teacher, folder, name)
     data = train_utils.get_data(device)
     data = hold_out(data, run.held_out) if run.held_out else data
-    state_path = weights_path(name, folder).with_name(f"{name}.resume.pt")
+    state_path = record_path(name, folder).with_suffix(".resume.pt")
     execution = _execution(run, net, len(data.train_images), state_path, folder, as_recorded)
     tag = {"config": config_of(run), "start_from_sha256": start_sha256,
            "teacher_sha256": teacher_sha256, "execution": vars(execution)}

@@ -114,3 +114,25 @@ def test_a_packed_checkpoint_of_other_hands_decodes_to_the_same_logits(net, tmp_
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(again(x), quantized(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_net_pruned_by_torch_trains_on_and_stays_as_sparse(small_cifar):
+    """torch.nn.utils.prune computes the weight in a hook of the convolution, before each pass."""
+    from torch.nn.utils import prune
+
+    from pruning import prunable_layers
+    from training.recipe import Pruning, Recipe
+
+    torch.manual_seed(0)
+    net = ResNetCIFAR(num_layers=8)
+    layers = [layer for _, layer in prunable_layers(net)]
+    prune.global_unstructured([(layer, "weight") for layer in layers], prune.L1Unstructured,
+                              amount=0.7)
+    before = layers[0].weight_orig.detach().clone()
+    data = cifar10.CIFAR10(*(tensor[:128] for tensor in small_cifar))
+    train_utils.fit(net, Recipe(epochs=2, batch_size=32, lr=0.05), data,
+                    pruning=Pruning(hold_zeros=False))
+    net.eval()(torch.zeros(1, 3, 32, 32))  # the hooks compute the weights anew
+    zeros = sum(int((layer.weight == 0).sum()) for layer in layers)
+    assert zeros / sum(layer.weight.numel() for layer in layers) == pytest.approx(0.7, abs=1e-3)
+    assert not torch.equal(layers[0].weight_orig, before)

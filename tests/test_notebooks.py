@@ -176,7 +176,7 @@ def run_nbval(folder, name):
 def test_nbval_fails_a_copy_whose_shown_source_is_altered(tmp_path):
     sources = [f"import sys\nsys.path[:0] = [{str(ROOT)!r}]\nprint(f'{{2 / 3:.6f}}')",
                "from FP_layers import FP_Linear\nfrom report.figures import show_source\n"
-               "show_source(FP_Linear.forward)"]
+               "show_source(FP_Linear._compute)"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3",
                                        "language": "python"}
