@@ -21,6 +21,7 @@ from FP_layers import FP_Conv, FP_Linear, Learned, MinMax
 from model_file import container
 from model_file.__main__ import load, main
 from model_file.coders import ByteReader
+from model_file.container import Part, Record
 from model_file.network import (
     METHODS, CompressionError, compress, compress_all, decompress, describe, entropy_bound,
     stored_shapes,
@@ -367,6 +368,188 @@ def test_values_beyond_float16_are_refused():
     for float_bits in (16, 8):
         with pytest.raises(CompressionError, match="values must be at most 65504.* got 1000000"):
             compress(net, float_bits=float_bits)
+
+
+# ---------------------------------------------------------------- the layout, byte by byte
+
+
+def grid(low, step, codes, bits):
+    """A row of values on a grid, and the bytes that tell it with so few bits."""
+    told = "".join(f"{code:0{bits}b}" for code in codes)
+    told += "0" * (-len(told) % 8)
+    packed = bytes(int(told[i:i + 8], 2) for i in range(0, len(told), 8))
+    return [low + step * code for code in codes], struct.pack("<ee", low, step) + packed
+
+
+def parts_of_all_kinds(bits):
+    """[Part] and, as the format's description has them, the table, the floats and the symbols.
+
+    bits: 32, 16, or fewer; floats that are told with fewer lie on a grid. Symbols are packed.
+    """
+    top = 2**min(bits, 8) - 1
+    rows = [grid(-1.0, 0.25, [0, top, 5], min(bits, 8)), grid(2.0, 0.5, [top, 1, 0], min(bits, 8))]
+    alone = grid(-0.5, 0.125, [3, 0, top, 2, 1], min(bits, 8))
+    kept = grid(-3.0, 0.5, [top, 0, 9], min(bits, 8))
+    code = "f" if bits == 32 else "e"
+
+    def told(*rows):
+        if bits < 16:
+            return b"".join(packed for _, packed in rows)
+        values = [value for row, _ in rows for value in row]
+        return struct.pack(f"<{len(values)}{code}", *values)
+
+    def array(values, shape=-1):
+        return np.array(values, np.float32).reshape(shape)
+
+    def symbols(values, shape):
+        return np.array(values, np.int64).reshape(shape)
+
+    levels, steps = [-0.5, 0.0, 0.75], [0.5, 2.0]
+    parts = [
+        Part(Record("a.weight", (2, 3), "float"), array([row for row, _ in rows], (2, 3)), None),
+        Part(Record("norm", (5,), "float"), array(alone[0]), None),
+        Part(Record("b.weight", (4, 2), "masked", 2, 0), array(kept[0]),
+             symbols([0, 1, 0, 0, 1, 0, 1, 0], (4, 2))),
+        Part(Record("c.weight", (3, 1, 2, 1), "levels", 3, 1), array(levels),
+             symbols([0, 1, 1, 2, 1, 0], (3, 1, 2, 1))),
+        Part(Record("d.weight", (2, 3), "steps", 5, 2), array(steps),
+             symbols([2, 0, 4, 3, 2, 2], (2, 3))),
+        Part(Record("e.weight", (2, 2), "codes", 3, 1), array([]), symbols([0, 1, 2, 1], (2, 2))),
+    ]
+    table = b"".join([
+        b"\x08a.weight" + struct.pack("<BBHH2H", 0, 2, 0, 0, 2, 3),
+        b"\x04norm" + struct.pack("<BBHH1H", 0, 1, 0, 0, 5),
+        b"\x08b.weight" + struct.pack("<BBHH2H", 1, 2, 2, 0, 4, 2),
+        b"\x08c.weight" + struct.pack("<BBHH4H", 2, 4, 3, 1, 3, 1, 2, 1),
+        b"\x08d.weight" + struct.pack("<BBHH2H", 3, 2, 5, 2, 2, 3),
+        b"\x08e.weight" + struct.pack("<BBHH2H", 4, 2, 3, 1, 2, 2),
+    ])
+    few = struct.pack(f"<5{code}", *levels, *steps)  # with 16 bits even where others have fewer
+    floats = told(*rows) + told(alone) + told(kept) + few
+    bits_of_symbols = "01001010" + "000101100100" + "010000100011010010" + "00011001"
+    bits_of_symbols += "0" * (-len(bits_of_symbols) % 8)
+    packed = int(bits_of_symbols, 2).to_bytes(len(bits_of_symbols) // 8, "big")
+    return parts, table, floats, packed
+
+
+@pytest.mark.parametrize("bits", container.FLOAT_BITS)
+def test_every_byte_is_where_the_format_has_it(bits):
+    parts, table, floats, symbols = parts_of_all_kinds(bits)
+    data = container.write(14, "packed", bits, parts)
+    magic, version, crc = struct.unpack("<4sBI", data[:9])
+    assert (magic, version, crc) == (b"RNPQ", 1, zlib.crc32(data[9:]))
+    num_layers, coder, float_bits, n_table, n_floats = struct.unpack("<BBBHI", data[9:18])
+    assert (num_layers, coder, float_bits, n_floats) == (14, 1, bits, len(floats))
+    assert zlib.decompress(data[18:18 + n_table]) == table
+    assert data[18 + n_table:18 + n_table + n_floats] == floats
+    assert data[18 + n_table + n_floats:] == symbols
+
+    # zlib may write other bytes elsewhere; what it writes there is read all the same
+    packed = zlib.compress(table, 1)
+    body = struct.pack("<BBBHI", 14, 1, bits, len(packed), len(floats)) + packed + floats + symbols
+    other = struct.pack("<4sBI", b"RNPQ", 1, zlib.crc32(body)) + body
+    shapes = {part.record.name: part.record.shape for part in parts}
+    for written in (data, other):
+        *found, sections, read = container.read(written, lambda n: shapes if n == 14 else None)
+        assert found == [14, "packed", bits] and sum(sections.values()) == len(written)
+        assert list(sections) == ["header", "table", "floats", "symbols"]
+        assert (sections["header"], sections["floats"], sections["symbols"]) == (
+            18, len(floats), len(symbols))
+        for part, wanted in zip(read, parts, strict=True):
+            assert part.record == wanted.record
+            assert np.array_equal(part.floats, wanted.floats.ravel())
+            assert part.symbols is None or np.array_equal(part.symbols, wanted.symbols)
+
+
+def test_values_of_all_kinds():
+    parts, *_ = parts_of_all_kinds(32)
+    values = [container.value_of(part) for part in parts]
+    assert all(value.dtype == np.float32 for value in values)
+    float_, norm, masked, levels, steps, codes = values
+    assert np.array_equal(float_, parts[0].floats) and np.array_equal(norm, parts[1].floats)
+    a, b, c = parts[2].floats
+    assert masked.tolist() == [[0, a], [0, 0], [b, 0], [c, 0]]
+    assert levels.ravel().tolist() == [-0.5, 0, 0, 0.75, 0, -0.5] and levels.shape == (3, 1, 2, 1)
+    assert steps.tolist() == [[0, -1, 1], [2, 0, 0]]
+    assert codes.tolist() == [[-1, 0], [1, 0]]
+
+
+def test_a_file_without_symbols_has_none():
+    parts = [Part(Record("norm", (2, 2), "float"), np.ones((2, 2), np.float32), None)]
+    for coder in container.CODERS:
+        data = container.write(8, coder, 32, parts)
+        _, _, _, sections, read = container.read(data, lambda n: {"norm": (2, 2)})
+        assert sections["symbols"] == 0 and read[0].symbols is None
+        more = data[9:] + b"\0"
+        with pytest.raises(CompressionError, match="the file must end after byte"):
+            container.read(with_checksum(more), lambda n: {"norm": (2, 2)})
+
+
+@pytest.mark.parametrize("record, fits", [
+    (Record("a.weight", (2,), "float", 0, 0), True),
+    (Record("a.bias", (2,), "float", 0, 0), True),
+    (Record("a.weight", (2,), "float", 1, 0), False),
+    (Record("a.weight", (2,), "float", 0, 1), False),
+    (Record("a.weight", (2,), "masked", 2, 0), True),
+    (Record("a.weight", (2,), "masked", 2, 1), False),
+    (Record("a.weight", (2,), "masked", 3, 0), False),
+    (Record("a.bias", (2,), "masked", 2, 0), False),
+    *((Record("a.weight", (2,), kind, n_levels, zero), fits)
+      for kind in ("levels", "steps", "codes")
+      for n_levels, zero, fits in [(1, 0, True), (257, 256, True), (257, 0, True), (258, 0, False),
+                                   (0, 0, False), (3, 3, False), (3, 2, True), (3, 4, False)]),
+    *((Record("a.bias", (2,), kind, 3, 1), False) for kind in ("levels", "steps", "codes")),
+], ids=str)
+def test_what_a_tensor_may_be_said_to_be(record, fits):
+    table = container._record_bytes(record)
+    packed = zlib.compress(table)
+    if fits:
+        assert container._read_table(packed, {record.name: (2,)}) == [record]
+    else:
+        with pytest.raises(CompressionError) as caught:
+            container._read_table(packed, {record.name: (2,)})
+        assert str(caught.value) == (
+            f"{record.name} cannot be of kind {record.kind} with {record.n_levels} levels and zero "
+            f"at {record.zero}")
+
+
+def test_a_table_is_one_whole_stream():
+    record = Record("a.weight", (2,), "float")
+    table = zlib.compress(container._record_bytes(record))
+    shapes = {"a.weight": (2,)}
+    assert container._read_table(table, shapes) == [record]
+    for altered in (table + b"more", table + table, table[:-1], table[:-5]):
+        with pytest.raises(CompressionError, match="the table must be one zlib stream"):
+            container._read_table(altered, shapes)
+    for altered in (b"\0" + table, b"none at all"):
+        with pytest.raises(CompressionError, match="the table cannot be read"):
+            container._read_table(altered, shapes)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_floats_up_to_the_largest_of_16_bits(bits):
+    values = np.array([[65504.0, 0.0, -65504.0]], np.float32)
+    if bits == 16:
+        read = container.decode_floats(ByteReader(container.encode_floats(values, 16), "floats"),
+                                       (1, 3), 16)
+        assert np.array_equal(read, values)
+    # with fewer bits only the least value and the step of a row are told with 16
+    for value in (65505.0, -65505.0) if bits == 16 else (-65505.0,):
+        with pytest.raises(CompressionError) as caught:
+            container.encode_floats(np.array([[1.0, value]], np.float32), bits)
+        assert str(caught.value) == (
+            "values must be at most 65504.0 with float_bits below 32, got 65505.0")
+
+
+@pytest.mark.parametrize("value, towards, expected", [
+    (1.0, math.inf, 1.0), (1.0, -math.inf, 1.0),
+    (1.0001, math.inf, 1 + 2**-10), (1.0001, -math.inf, 1.0),
+    (1.0009, math.inf, 1 + 2**-10), (1.0009, -math.inf, 1.0),
+    (-1.0001, math.inf, -1.0), (-1.0001, -math.inf, -1 - 2**-10),
+    (0.0, math.inf, 0.0), (1e-9, math.inf, 2**-24), (1e-9, -math.inf, 0.0),
+])
+def test_rounding_to_16_bits_on_one_side(value, towards, expected):
+    assert float(container._float16(np.float64(value), towards)) == expected
 
 
 # ---------------------------------------------------------------- damaged and hostile files

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from FP_layers import STE
+from FP_layers import STE, FP_Conv, FP_Linear, Learned
 from pruning import prunable_layers
 from resnet20 import ResNet_Block, ResNetCIFAR
 
@@ -112,6 +112,30 @@ def test_the_stages_and_nothing_else_are_quantized(lively_net, x, n_bits, symmet
         for name, tensor in lively_net.state_dict().items()
     }
     torch.testing.assert_close(quantized_net(x), plain_resnet20(state, x), rtol=1e-4, atol=1e-4)
+
+
+def test_levels_are_not_symmetric_unless_asked():
+    for part, symmetric in ((ResNetCIFAR(8, 3), False), (ResNetCIFAR(8, 3, True), True),
+                            (ResNet_Block(16, 32, 2, 3), False),
+                            (ResNet_Block(16, 32, 2, 3, True), True)):
+        layers = [m for m in part.modules() if isinstance(m, FP_Conv) and m.Nbits is not None]
+        assert len(layers) >= 3
+        for layer in layers:
+            assert torch.equal(layer.quantized_weight(), STE.apply(layer.weight, 3, symmetric))
+    assert ResNetCIFAR(8, 3).symmetric is False and ResNetCIFAR(8, 3, True).symmetric is True
+
+
+@pytest.mark.parametrize("num_layers", [8, 20])
+def test_a_learned_quantizer_is_in_the_stages_and_nowhere_else(num_layers, x):
+    net = ResNetCIFAR(num_layers, 3, True, Learned)
+    layers = {name: m for name, m in net.named_modules() if isinstance(m, (FP_Conv, FP_Linear))}
+    assert len(layers) == num_layers + 2  # with the two projections
+    for name, layer in layers.items():
+        learned = isinstance(layer.quantizer, Learned)
+        assert learned == name.startswith("body_op")
+        assert layer.Nbits == (3 if learned else None)
+    net(x).square().sum().backward()
+    assert all(layer.quantizer.step.grad.any() for name, layer in layers.items() if "body" in name)
 
 
 def test_every_parameter_gets_a_gradient_through_the_quantizers(x):
