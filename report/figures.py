@@ -93,19 +93,6 @@ def plot_loss(losses, ax):
     return ax
 
 
-def plot_elements(trajectory, ax, title=None):
-    """Draw each element of W against steps. trajectory: (steps + 1, 5); returns ax."""
-    for i, values in enumerate(np.asarray(trajectory).T):
-        every = max(len(values) // 8, 1)
-        ax.plot(values, label=f"$w_{i + 1}$", markevery=(i * every // 5, every), **style(i))
-    ax.set(xlabel="step", ylabel="value of the element")
-    ax.locator_params(axis="x", integer=True)
-    # Above the plot: inside, five curves leave no free corner.
-    ax.legend(title=title, fontsize=8, ncols=5, handlelength=2.5, columnspacing=1, frameon=False,
-              loc="lower center", bbox_to_anchor=(0.5, 1))
-    return ax
-
-
 # ---------------------------------------------------------------- true/false
 
 
@@ -164,16 +151,6 @@ def plot_accuracy(curves, ax, xlabel, baseline=None):
     return ax
 
 
-def plot_history(history, ax, baseline=None):
-    """Draw a run's training and test accuracy in % against its epochs; returns ax.
-
-    history: the record's list of epochs; baseline as in plot_accuracy.
-    """
-    curves = {"training": {e["epoch"]: e["train_accuracy"] for e in history},
-              "test": {e["epoch"]: e["test_accuracy"] for e in history if "test_accuracy" in e}}
-    return plot_accuracy(curves, ax, "epoch", baseline)
-
-
 def plot_layers(series, ax, ylabel, ylim=None):
     """Draw fractions of layers as bars in %. series: {label: {layer: fraction}}; returns ax."""
     width = 0.8 / len(series)
@@ -199,81 +176,40 @@ def plot_layers(series, ax, ylabel, ylim=None):
     return ax
 
 
-def plot_weights(weights, quantized, ax):
-    """Draw the histogram of a layer's weights and the levels as lines; returns ax."""
-    levels = np.unique(quantized)
-    ax.hist(np.ravel(weights), bins=80, color="0.6")
-    for level in levels:
-        ax.axvline(level, color=COLORS[2], linestyle="--", linewidth=1)
-    ax.set(xlabel="weight", ylabel="number of weights", title=f"{len(levels)} levels")
-    return ax
+# ---------------------------------------------------------------- files
 
 
-def broken_axes():
-    """Return two Axes that share x: the lower one continues y where the upper one ends."""
-    _, pair = plt.subplots(
-        2, figsize=(7.5, 5), dpi=DPI, layout="constrained", sharex=True, height_ratios=(4, 1)
-    )
-    pair[0].spines["bottom"].set_visible(False)
-    pair[0].tick_params(axis="x", which="both", bottom=False)
-    pair[1].spines["top"].set_visible(False)
-    for ax, y in zip(pair, (0, 1)):  # a slanted stroke at either end of the cut
-        ax.plot((0, 1),
-                (y, y),
-                transform=ax.transAxes,
-                marker=((-1, -0.5), (1, 0.5)),
-                color="black",
-                markersize=8,
-                linestyle="none",
-                clip_on=False)
-    return pair
+def frontier(points):
+    """Return the names of {name: (bytes, accuracy)} that no other point beats in both, by size."""
+    best, names = -1.0, []
+    for name, (_, accuracy) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if accuracy > best:
+            best = accuracy
+            names.append(name)
+    return names
 
 
-def _number_models(methods, pair, cut):
-    """Join the places of each model by a thin line, number it, and write the key beside."""
-    upper, lower = pair
-    models = dict.fromkeys(model for models in methods.values() for model in models)
-    for number, model in enumerate(models, start=1):
-        places = [models[model] for models in methods.values() if model in models]
-        size, accuracy = places[-1]
-        ax = upper if accuracy > cut else lower
-        ax.annotate(number, (size, 100 * accuracy), (-5, 0), textcoords="offset points", fontsize=7,
-                    ha="right", va="center")
-        line = [size for size, _ in places], [100 * accuracy for _, accuracy in places]
-        for ax in pair:  # an artist, not a plot: what is out of its range must not widen it
-            ax.add_artist(plt.Line2D(*line, color="0.8", linewidth=0.7, zorder=0))
-    key = "\n".join(f"{number}  {model}" for number, model in enumerate(models, start=1))
-    upper.text(1.02, 1, key, transform=upper.transAxes, va="top", fontsize=7)
+def plot_frontier(points, ax, baseline=None):
+    """Draw accuracy in % against bytes, on a log axis, the frontier joined and named; returns ax.
 
-
-def plot_size(methods, pair, cut, baseline=None, limit=None):
-    """Draw accuracy in % against file size in bytes, on a log axis; returns the two Axes of `pair`.
-
-    methods: {label: {model: (bytes, fraction)}}; a thin line joins the sizes of a model, which is
-    numbered at its place in the last method that has it, and named beside. pair: of broken_axes();
-    models above `cut`, a fraction, are in the upper one. baseline: the float model's accuracy, a
-    fraction, drawn as a dashed line; limit: a size in bytes, drawn as a dotted one.
+    points: {name: (bytes, fraction)}; baseline: the float model's accuracy, a fraction.
     """
-    upper, lower = pair
-    for i, (label, models) in enumerate(methods.items()):
-        for ax in pair:
-            inside = [(size, 100 * accuracy)
-                      for size, accuracy in models.values()
-                      if (accuracy > cut) == (ax is upper)]
-            ax.plot(*zip(*inside or [(np.nan, np.nan)]),
-                    label=label,
-                    **(style(i) | {"linestyle": "none"}))
-    _number_models(methods, pair, cut)
+    names = frontier(points)
+    others = [points[name] for name in points if name not in names]
+    if others:
+        ax.plot(*zip(*((size, 100 * a) for size, a in others)), label="beaten in both",
+                color="0.6", marker="x", linestyle="none", markersize=5)
+    best = [(points[name][0], 100 * points[name][1]) for name in names]
+    ax.plot(*zip(*best), label="frontier", **style(1))
+    for name in names:
+        ax.annotate(name, (points[name][0], 100 * points[name][1]), (6, -9), fontsize=6,
+                    textcoords="offset points")
     if baseline is not None:
-        _draw_float(upper, 100 * baseline)
-    for ax in pair if limit is not None else ():
-        ax.axvline(limit, color="0.4", linestyle=":", linewidth=1, label=f"{limit / 1000:.1f} kB")
-    lower.set(xscale="log", xlabel="size of the file (kB)")
-    lower.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
-    lower.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:g}")
-    lower.xaxis.set_minor_formatter(ticker.NullFormatter())
-    upper.set_ylabel("test accuracy (%)")
-    for ax in pair:
-        ax.margins(y=0.15)
-    upper.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 0.32)).set_in_layout(False)
-    return pair
+        _draw_float(ax, 100 * baseline)
+    ax.set(xscale="log", xlabel="size of the file (kB)", ylabel="test accuracy (%)")
+    ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
+    ax.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:g}")
+    ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+    ax.margins(x=0.15)
+    ax.legend(fontsize=8)
+    return ax

@@ -40,51 +40,10 @@ def test_a_group_has_crosses_exactly_where_it_is_zero(ax):
     assert {(row, column) for column, row in crosses.get_offsets()} == {(0, 0), (1, 1), (1, 2)}
 
 
-def test_sizes_stand_at_their_bytes_and_each_model_is_named_once():
-    methods = {
-        "range": {"a": (3000, 0.5), "b": (9000, 0.9)},
-        "context": {"a": (2000, 0.5), "b": (8000, 0.8)},
-    }
-    with_c = methods | {"range": methods["range"] | {"c": (7000, 0.9)}}
-    assert (
-        figures.plot_size(with_c, figures.broken_axes(), 0.7)[0].texts[-1].get_text()
-        == "1  a\n2  b\n3  c"
-    )
-    upper, lower = figures.plot_size(methods, figures.broken_axes(), 0.7, 0.95, 2500)
-    drawn = [{line.get_label(): line for line in ax.get_lines()} for ax in (upper, lower)]
-    assert [[lines[method].get_xydata().tolist() for method in methods] for lines in drawn] == [
-        [[[9000, 90]], [[8000, 80]]], [[[3000, 50]], [[2000, 50]]]]
-    assert set(drawn[0]["float"].get_ydata()) == {95} and "float" not in drawn[1]
-    assert all(set(lines["2.5 kB"].get_xdata()) == {2500} for lines in drawn)
-    assert [text.get_text() for text in upper.texts] == ["2", "1  a\n2  b"]
-    assert [text.get_text() for text in lower.texts] == ["1"]
-    assert (
-        upper.get_xscale() == lower.get_xscale() == "log" and upper.get_xlim() == lower.get_xlim()
-    )
-
-
-def test_a_history_has_training_in_all_epochs_and_test_where_it_was_tested(ax):
-    history = [{"epoch": 1, "train_accuracy": 0.5},
-               {"epoch": 2, "train_accuracy": 0.6, "test_accuracy": 0.55}]
-    figures.plot_history(history, ax, baseline=0.9)
-    training, test, baseline = ax.get_lines()
-    np.testing.assert_allclose(training.get_xydata(), [[1, 50], [2, 60]])
-    np.testing.assert_allclose(test.get_xydata(), [[2, 55]])
-    assert set(baseline.get_ydata()) == {90}
-
-
 def test_losses_are_drawn_as_their_logarithm_also_where_they_are_zero(ax):
     figures.plot_loss({"a": np.array([100.0, 1e-3, 0.0]), "b": np.array([1.0])}, ax)
     first, second = ax.get_lines()
     assert first.get_ydata().tolist() == [2, -3, -32] and second.get_ydata().tolist() == [0]
-
-
-def test_each_element_is_a_curve_of_its_own(ax):
-    trajectory = np.arange(20.0).reshape(4, 5)
-    figures.plot_elements(trajectory, ax, title="W")
-    assert [line.get_ydata().tolist() for line in ax.get_lines()] == trajectory.T.tolist()
-    assert len({(line.get_color(), line.get_marker()) for line in ax.get_lines()}) == 5
-    assert ax.get_legend().get_title().get_text() == "W"
 
 
 def test_layers_are_bars_in_percent_beside_each_other(ax):
@@ -96,14 +55,6 @@ def test_layers_are_bars_in_percent_beside_each_other(ax):
     assert np.diff(edges).min() == pytest.approx(0.4)  # the width of a bar: none covers another
     names = [text.get_text() for text in ax.get_xticklabels()]
     assert names == ["head_conv", "0.conv1", "final_fc"]
-
-
-def test_weights_are_counted_and_every_level_is_a_line(ax):
-    weights = np.array([[0.0, 0.1], [0.9, 1.0]])
-    figures.plot_weights(weights, weights.round(), ax)
-    assert sum(bar.get_height() for bar in ax.patches) == 4
-    assert [line.get_xdata()[0] for line in ax.get_lines()] == [0, 1]
-    assert ax.get_title() == "2 levels"
 
 
 def test_a_row_of_axes_is_as_wide_as_its_plots_together():
@@ -150,3 +101,20 @@ def test_an_answer_says_so_and_carries_its_short_form(monkeypatch):
     figures.answer("It is.")
     assert shown == [("**Answer.** True, as measured.", {"in_short": "true"}),
                      ("**Answer.** It is.", None)]
+
+
+def test_the_frontier_is_what_no_other_point_beats_in_both(ax):
+    points = {"a": (3000, 0.9), "b": (2000, 0.85), "c": (2500, 0.8), "d": (4000, 0.9),
+              "e": (5000, 0.95), "f": (2000, 0.7)}
+    assert figures.frontier(points) == ["b", "a", "e"]
+    by_hand = {n for n, (size, acc) in points.items()
+               if not any((s <= size and q >= acc) and (s, q) != (size, acc)
+                          for s, q in points.values())}
+    assert set(figures.frontier(points)) == by_hand
+    figures.plot_frontier(points, ax, 0.93)
+    others, frontier, baseline = ax.lines
+    assert sorted(others.get_xdata()) == [2000, 2500, 4000]
+    assert list(frontier.get_xdata()) == [2000, 3000, 5000]
+    assert list(frontier.get_ydata()) == pytest.approx([85, 90, 95])
+    assert set(baseline.get_ydata()) == {93} and ax.get_xscale() == "log"
+    assert {text.get_text() for text in ax.texts} == {"a", "b", "e"}

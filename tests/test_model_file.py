@@ -493,6 +493,8 @@ def test_a_file_without_symbols_has_none():
     (Record("a.weight", (2,), "masked", 2, 0), True),
     (Record("a.weight", (2,), "masked", 2, 1), False),
     (Record("a.weight", (2,), "masked", 3, 0), False),
+    (Record("a.weight", (2,), "masked", 1, 0), False),
+    (Record("a.weight", (2,), "masked", 0, 0), False),
     (Record("a.bias", (2,), "masked", 2, 0), False),
     *((Record("a.weight", (2,), kind, n_levels, zero), fits)
       for kind in ("levels", "steps", "codes")
@@ -539,6 +541,13 @@ def test_floats_up_to_the_largest_of_16_bits(bits):
             container.encode_floats(np.array([[1.0, value]], np.float32), bits)
         assert str(caught.value) == (
             "values must be at most 65504.0 with float_bits below 32, got 65505.0")
+
+
+@pytest.mark.parametrize("value", [0.0, -2.5, 65504.0])
+def test_a_row_of_one_value_has_a_step_of_zero(value):
+    with np.errstate(all="raise"):
+        data = container.encode_floats(np.full((1, 3), value, np.float32), 5)
+    assert data == struct.pack("<ee", value, 0.0) + bytes(2)
 
 
 @pytest.mark.parametrize("value, towards, expected", [
@@ -689,8 +698,9 @@ def test_header_with_any_byte(offset, small):
         (dict(num_layers=9), "number of layers must be 8, 14"),
         (dict(num_layers=254), "number of layers must be 8, 14"),
         (dict(coder=200), "coder must be below"),
+        (dict(coder=6), "coder must be below 6, got 6"),
         (dict(float_bits=64), "bits of a float must be one of"),
-        (dict(coder=0), "without a coder has no symbols"),
+        (dict(coder=0), "has no symbols, but head_conv.0.conv.weight is of kind masked"),
         (dict(n_table=2**16 - 1), "the file must go on for 65535 bytes"),
         (dict(n_floats=2**32 - 1), "the file must go on for 4294967295 bytes"),
     ],
@@ -723,7 +733,8 @@ def table_with(table, name, **changes):
 @pytest.mark.parametrize(
     "name, changes, message",
     [
-        (CONV, dict(kind=77), "the kind of .* must be below"),
+        (CONV, dict(kind=77), "the kind of .* must be below 5, got 77"),
+        (CONV, dict(kind=5), "the kind of .* must be below 5, got 5"),
         (CONV, dict(n_levels=65535), "cannot be of kind"),
         (CONV, dict(n_levels=0), "cannot be of kind"),
         (CONV, dict(zero=60000), "cannot be of kind"),
