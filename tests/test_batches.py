@@ -1,5 +1,7 @@
 """Batches and their augmentation: against torchvision's, against plain loops, and by statistics."""
 
+import hashlib
+
 import pytest
 import torch
 from PIL import Image
@@ -211,3 +213,27 @@ def test_a_recipe_without_options_has_the_assigned_augmentation(small_cifar):
     assert torch.equal(epoch(Recipe()), assigned)
     for other in (Recipe(flip="alternating"), Recipe(cutout=8)):
         assert not torch.equal(epoch(other), assigned)
+
+
+ALTERNATING = Recipe(flip="alternating")
+
+
+@pytest.mark.parametrize("seed, epoch, augment, digest", [
+    (0, 1, True, "abc54d707f21fe77"), (0, 2, True, "c63cc03bd0e9f79c"),
+    (3, 1, True, "ff09c9b14dbbb911"), (0, 1, ALTERNATING, "aaf545ba32c8e0fb"),
+    (0, 2, ALTERNATING, "692e89c92c856354"),
+])
+def test_the_draws_of_a_seed_and_an_epoch_stay_what_they_are(seed, epoch, augment, digest):
+    """A record could not be trained again, nor an interrupted run go on, if they changed."""
+    images, found = torch.zeros(300, 3, 32, 32, dtype=torch.uint8), hashlib.sha256()
+    for draws in Batches(images, torch.arange(300), 128, seed, epoch, augment)._drawn():
+        for tensor in draws:
+            found.update(tensor.long().contiguous().numpy().tobytes())
+    assert found.hexdigest()[:16] == digest
+
+
+def test_seed_and_epoch_have_the_defaults_of_the_first(small_cifar):
+    images, labels = small_cifar.train_images, small_cifar.train_labels
+    pairs = zip(Batches(images, labels, 100, augment=True),
+                Batches(images, labels, 100, seed=0, epoch=1, augment=True), strict=True)
+    assert all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other))

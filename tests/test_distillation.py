@@ -216,3 +216,13 @@ def test_an_average_of_a_net_that_was_pruned_on_the_way_is_as_sparse(net, small_
     assert sparsity(net) == history[-1]["sparsity"]
     net.load_state_dict(best)
     assert sparsity(net) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_the_temperature_is_1_unless_it_is_said():
+    logits, labels = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    losses = []
+    for temperature in ((), (1.0,), (2.0,)):
+        distillation = Distillation(lambda x: x * 3, 0.5, *temperature)
+        for x, y in distillation.taught([(logits, labels)]):
+            losses.append(distillation(x, y).item())
+    assert losses[0] == losses[1] != losses[2]

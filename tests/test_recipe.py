@@ -120,3 +120,22 @@ def test_recipes_need_no_torch():
     """A list of runs is made from them, which has to appear at once."""
     script = "import sys, training.recipe; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, check=True)
+
+
+@pytest.mark.parametrize("data", [Recipe(), Pruning()])
+def test_a_recipe_and_a_pruning_cannot_be_changed(data):
+    for field in dataclasses.fields(data):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(data, field.name, getattr(data, field.name))
+
+
+def test_the_defaults_are_the_assigned_fine_tuning():
+    assert dataclasses.asdict(Recipe()) == dict(
+        epochs=20, batch_size=256, optimizer="sgd", lr=0.002, muon_lr=0.0, schedule="constant",
+        warmup=0.0, momentum=0.875, nesterov=False, weight_decay=1e-4, flip="random", cutout=0,
+        distill=0.0, temperature=1.0, average=0.0, test_every=1)
+    assert Recipe(nesterov=True).nesterov and not Recipe(nesterov=False).nesterov
+
+
+def test_percentages_need_not_be_whole():
+    assert [Pruning("layer", 75.0, 10).percentage(e) for e in (1, 3, 10)] == [7.5, 22.5, 75.0]
