@@ -70,6 +70,7 @@ train: environment data
 
 bench: environment data
 	$(ALLOCATOR) $(BIN)/python -m benchmarks.throughput --write README.md
+	$(ALLOCATOR) $(BIN)/python -m benchmarks.precision --write README.md
 
 clean:
 	rm -rf build report.pdf further.pdf handin checkpoints/*.part .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__

@@ -16,12 +16,13 @@ import torch
 import train_utils
 from cifar10 import hold_out
 from experiments.runs import SGD
-from files import atomic_write
+from files import atomic_write, replace_section
 from resnet20 import ResNetCIFAR
 from training.execution import Execution, bf16_is_right, has_bf16
 from training.journal import Journal
 
 RESULTS = Path(__file__).with_name("precision.json")
+SECTION = "<!-- precision: written by `make bench` -->", "<!-- end of precision -->"  # of README.md
 
 
 def compare(epochs, n_held_out=5000, device="cpu"):
@@ -37,15 +38,17 @@ def compare(epochs, n_held_out=5000, device="cpu"):
     return found
 
 
+def sentence(results):
+    """Return what was found, in one sentence."""
+    a, b = (100 * results[name]["accuracy"] for name in ("float32", "bfloat16"))
+    return (f"After {results['epochs']} epochs float32 has {a:.2f} % and bfloat16 {b:.2f} % on "
+            f"{results['held_out']:,} held-out images; the standard error of the difference is "
+            f"{100 * results['standard_error']:.2f} points.")
+
+
 def main(arguments=None):
     """Command line; returns the exit status: 1 if bfloat16 is lower beyond two standard errors."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision",
-                                     description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--held-out", type=int, default=5000)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     net = ResNetCIFAR(20).to(options.device)
     if not (has_bf16(torch.device(options.device)) and bf16_is_right(net)):
         print("error: this machine does not multiply bfloat16, or not rightly", file=sys.stderr)
@@ -57,10 +60,21 @@ def main(arguments=None):
                        "standard_error": error}
     with atomic_write(options.out) as file:
         file.write((json.dumps(results, indent=1) + "\n").encode())
-    print(f"float32 {100 * a:.2f} %, bfloat16 {100 * b:.2f} % on {options.held_out:,} held-out "
-          f"images after {options.epochs} epochs; standard error of the difference "
-          f"{100 * error:.2f} points")
+    print(sentence(results))
+    if options.write:
+        replace_section(options.write, *SECTION, sentence(results))
     return int(b < a - 2 * error)
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision",
+                                     description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--held-out", type=int, default=5000)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--write", metavar="FILE", help="write the sentence into a Markdown file")
+    return parser
 
 
 if __name__ == "__main__":
