@@ -25,8 +25,7 @@ def check(allowed, **arguments):
     """
     for name, value in arguments.items():
         if isinstance(allowed, tuple):
-            if not any(value is choice or (type(value) is type(choice) and value == choice)
-                       for choice in allowed):
+            if not any(type(value) is type(choice) and value == choice for choice in allowed):
                 *others, last = map(repr, allowed)
                 raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
         elif (isinstance(value, bool) or not isinstance(value, numbers.Real)
