@@ -34,16 +34,13 @@ class ResNet_Block(nn.Module):
         if strides == 1 and in_chs == out_chs:
             self.id_mapping = nn.Identity()
         else:
-            self.id_mapping = nn.Sequential(FP_Conv(
-                                                in_chs,
-                                                out_chs,
-                                                kernel_size=1,
-                                                stride=strides,
-                                                padding=0,
-                                                bias=False,
-                                                **fixed_point,
-                                            ),
-                                            nn.BatchNorm2d(out_chs))
+            self.id_mapping = nn.Sequential(
+                FP_Conv(
+                    in_chs, out_chs, kernel_size=1, stride=strides, padding=0, bias=False,
+                    **fixed_point
+                ),
+                nn.BatchNorm2d(out_chs),
+            )
         self.final_activation = nn.ReLU(inplace=True)
 
     def forward(self, x):

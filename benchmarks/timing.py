@@ -39,10 +39,8 @@ class Clock:
 
     def __init__(self, device, optimizer, warmup, split):
         self.device, self.warmup, self.split = device, warmup, split
-        self.started, self.last, self.seconds, self.hooks = (None,
-                                                             None,
-                                                             dict.fromkeys(self.PARTS, 0.0),
-                                                             [])
+        self.started, self.last, self.hooks = None, None, []
+        self.seconds = dict.fromkeys(self.PARTS, 0.0)
         if split:  # only then: on a GPU each look at the clock waits
             self.hooks = [optimizer.register_step_pre_hook(lambda *_: self.mark("backward")),
                           optimizer.register_step_post_hook(lambda *_: self.mark("optimizer"))]

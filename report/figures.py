@@ -53,8 +53,10 @@ def points(difference):
 
 
 def answer(text, in_short=None):
-    """Display an answer, in Markdown; in_short: its numbers, for the report's table of results."""
-    display(Markdown(f"**Answer.** {text}"), metadata={"in_short": in_short} if in_short else None)
+    """Display an answer, Markdown of any line breaks; in_short: its numbers, for the cover's table.
+    """
+    display(Markdown(f"**Answer.** {' '.join(text.split())}"),
+            metadata={"in_short": in_short} if in_short else None)
 
 
 def table(header, rows, text_columns=1):
