@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 
-
 from experiments.records import ROOT
 from experiments.run import announce, train_run
 from experiments.runs import get
@@ -23,7 +22,8 @@ def run(names, folder, jobs=None, as_recorded=False):
     on.
     """
     jobs = min(jobs or os.cpu_count(), len(names))
-    announce(names)
+    if "TQDM_POSITION" not in os.environ:  # what a child trains, its parent has announced
+        announce(names)
     start = _train_here if jobs == 1 else _Child
     waiting, running, failed = list(dict.fromkeys(names)), {}, set()
     try:

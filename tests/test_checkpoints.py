@@ -72,6 +72,7 @@ def assert_resumes_to(unbroken, data, state_path):
     assert same(net.state_dict(), state) and same(best, expected_best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [2, 3])
 def test_a_run_that_fails_between_epochs_resumes_bit_for_bit(
     monkeypatch, unbroken, data, tmp_path, epoch
@@ -112,6 +113,7 @@ train_as(RECIPE, data, sys.argv[1])
 everything = pytest.mark.parametrize("unbroken", ["everything"], indirect=True)
 
 
+@pytest.mark.slow
 @everything
 def test_a_run_killed_in_the_middle_of_an_epoch_resumes_bit_for_bit(unbroken, data, tmp_path):
     state_path = tmp_path / "state.pt"

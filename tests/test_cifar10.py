@@ -77,6 +77,7 @@ def left_in(folder):
 # ---------------------------------------------------------------- the data themselves
 
 
+@pytest.mark.slow
 def test_the_data_are_cifar10(cifar):
     """Facts published about the data set, not taken from our files."""
     assert [tuple(t.shape) for t in cifar] == [
@@ -355,12 +356,14 @@ def start(cifar_root, root, mode):
     return subprocess.Popen(command, cwd=REPOSITORY)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_fetch_once(cifar_root, tmp_path):
     processes = [start(cifar_root, tmp_path, "both") for _ in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert (tmp_path / "fetches").read_text() == "fetch\n"
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_writing_leaves_no_cache_and_no_lock(
     online, cifar, cifar_root, tmp_path
 ):
@@ -405,6 +408,7 @@ def test_the_error_shows_what_npm_complained_of(npm, tmp_path):
     assert left_in(tmp_path / "data") == set()
 
 
+@pytest.mark.slow
 def test_the_npm_package_is_read_in_the_original_order(npm, arrays, cifar, tmp_path):
     train_images, train_labels, test_images, test_labels = arrays
     with tarfile.open(tmp_path / "package.tgz", "w") as archive:

@@ -101,6 +101,7 @@ def test_without_a_teacher_an_epoch_is_one_of_cross_entropy(net, batches):
     assert results[0] == results[1] and same(nets[0].state_dict(), nets[1].state_dict())
 
 
+@pytest.mark.slow
 def test_distilling_trains_toward_the_teacher_and_leaves_it_as_it_is(
     net, small_cifar, teacher, batches
 ):
@@ -190,6 +191,7 @@ def test_an_average_goes_on_where_its_state_was_taken():
     assert same(averages[1].net.state_dict(), averages[0].net.state_dict())
 
 
+@pytest.mark.slow
 def test_averaging_tests_and_ends_with_the_moving_average_of_all_steps(net, small_cifar):
     plain, recipe = copy.deepcopy(net), dict(epochs=2, batch_size=64, lr=0.05)
     states = [state_of(plain)]

@@ -51,6 +51,7 @@ def test_gradients_in_bfloat16_reach_the_float32_weights(net, small_cifar):
     assert F.cosine_similarity(*gradients, 0) > 0.99 and not torch.equal(*gradients)
 
 
+@pytest.mark.slow
 def test_only_the_size_of_the_first_batch_is_compiled(net, small_cifar, monkeypatch):
     """256 images in batches of 100: the net and its teacher take the last 56 uncompiled, with the
     same result.

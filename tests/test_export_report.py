@@ -543,6 +543,7 @@ def test_full_disk_leaves_the_old_report(write, refused, monkeypatch, step):
 # ---------------------------------------------------------------- command line
 
 
+@pytest.mark.slow
 def test_command_line_is_quick_and_its_report_small(write, tmp_path):
     cells = [new_markdown_cell("# 3 Lab 2: Pruning (25 points)")]
     for i in range(30):

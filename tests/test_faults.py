@@ -79,6 +79,7 @@ def interrupt_in_step(net, step):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruned_in", [None, 2])
 def test_ctrl_c_leaves_the_last_whole_epoch(monkeypatch, small_cifar, after, pruned_in):
     """Four steps an epoch; the seventh is in the middle of the second, whose pruning is undone too.
@@ -96,6 +97,7 @@ def test_ctrl_c_leaves_the_last_whole_epoch(monkeypatch, small_cifar, after, pru
     assert same(net.state_dict(), after[1])
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_training_goes_on_to_the_same_bits(small_cifar, after, tmp_path):
     net = make_net()
     hook = interrupt_in_step(net, 7)
@@ -135,6 +137,7 @@ def out_of_memory_in_step(net, step):
     return net.register_forward_pre_hook(hook)
 
 
+@pytest.mark.slow
 def test_out_of_memory_suggests_a_smaller_batch_and_keeps_what_was_reached(
     small_cifar, after, tmp_path
 ):
@@ -216,6 +219,7 @@ def tiny_run(small_cifar, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_writes_goes_on_to_the_same_bytes(tiny_run, tmp_path):
     """Killed twice in a row: while it writes its second state, and between its weights and its
     record.
@@ -241,6 +245,7 @@ def test_a_run_killed_while_it_writes_goes_on_to_the_same_bytes(tiny_run, tmp_pa
     assert not list(folder.rglob("*.resume.pt"))
 
 
+@pytest.mark.slow
 def test_a_download_killed_on_its_way_leaves_nothing_that_the_next_one_trips_over(
     monkeypatch, cifar, tmp_path
 ):
@@ -329,6 +334,7 @@ def disk(request, tmp_path):
         yield tmp_path, lambda: limited(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_training_costs_nothing_but_time(disk, small_cifar, after):
     folder, full = disk
     state_path = folder / "state.pt"
@@ -546,6 +552,7 @@ def trained(data, threads_seed=0, seed=3):
     return net.state_dict(), history[0]["train_loss"]
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_gives_the_same_bits_and_another_seed_others(small_cifar):
     first, again, other = (trained(small_cifar, *arguments, **seed) for arguments, seed in
                            (((), {}), ((99,), {}), ((), {"seed": 4})))
@@ -586,6 +593,7 @@ def watch(event, arguments):
     elif event in ("os.mkdir", "os.remove", "os.rename", "subprocess.Popen", "socket.connect"):
         seen.append(f"{event} {arguments[:1]}")
 
+@pytest.mark.slow
 import ctypes, ctypes.util, platform, uuid
 import PIL.Image, IPython, matplotlib.pyplot, nbclient, nbformat, numpy.testing, pypandoc, typst
 import torch, torchvision

@@ -88,6 +88,7 @@ def test_a_folder_without_batches_is_none(tmp_path):
     assert cifar10._find_batches(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_the_data_folder_does_not_depend_on_where_one_starts(tmp_path):
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import cifar10; print(cifar10.default_root())"

@@ -200,6 +200,7 @@ def test_evaluate_equals_a_plain_evaluation(small_cifar, arguments, batch_size):
     )
 
 
+@pytest.mark.slow
 def test_a_compiled_net_is_evaluated_as_what_was_compiled(small_cifar):
     net = lively(Nbits=4)
     compiled = torch.compile(net, backend="eager")

@@ -167,6 +167,7 @@ def test_the_net_is_left_alone(ternary):
 # ---------------------------------------------------------------- fewer bits for floats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("float_bits, tolerance", [(16, 0.05), (8, 0.7), (6, 2.5)])
 def test_rounded_floats_change_logits_little(float_bits, tolerance, four_bits, ternary, images):
     for net in (four_bits, ternary):
@@ -199,6 +200,7 @@ def answers_of(net, x):
     return torch.cat([net(part).argmax(1) for part in x.split(50)])
 
 
+@pytest.mark.slow
 def test_accuracy_with_floats_of_8_bits(four_bits, cifar):
     """Within half a point on 1,000 real images, and nearly always the same answer."""
     x, y = normalize(cifar.test_images[:1000]), cifar.test_labels[:1000]
@@ -209,6 +211,7 @@ def test_accuracy_with_floats_of_8_bits(four_bits, cifar):
     assert (answers[0] == answers[1]).float().mean() > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lab3d_2bit_improved"])
 def test_a_shipped_file_holds_its_run(name, cifar):
     """With floats of 8 bits: its zeros are the run's, and on 1,000 real images it nearly always
@@ -266,6 +269,7 @@ def sizes(ternary, four_bits):
     return sizes
 
 
+@pytest.mark.slow
 def test_sizes_are_in_order(sizes):
     for net, measured in sizes.items():
         measured = measured | {"context, float16": len(compress(net, "context", 16))}

@@ -118,6 +118,7 @@ def test_verdicts_come_first_with_a_number_each():
     assert all(re.search(r"\d", row.split("|")[4]) for row in rows)
 
 
+@pytest.mark.slow
 def test_lab_1_runs_alone_in_an_empty_folder(tmp_path):
     """What is handed in is one file: it needs NumPy and matplotlib, and nothing of ours."""
     shutil.copy(ROOT / "lab1_sparse_linear.ipynb", tmp_path)
@@ -153,6 +154,7 @@ def alter_a_helper(notebook):
     cell.source = cell.source.replace("return 2 * X.T", "return 2.0001 * X.T")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alter", [alter_one_digit, alter_a_helper])
 def test_nbval_fails_an_altered_copy_of_a_shipped_notebook(tmp_path, shipped_part, alter):
     notebook = copy.deepcopy(shipped_part)
@@ -173,6 +175,7 @@ def run_nbval(folder, name):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_nbval_fails_a_copy_whose_shown_source_is_altered(tmp_path):
     sources = [f"import sys\nsys.path[:0] = [{str(ROOT)!r}]\nprint(f'{{2 / 3:.6f}}')",
                "from FP_layers import FP_Linear\nfrom report.figures import show_source\n"

@@ -299,6 +299,7 @@ except BaseException:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_every_process_and_the_same_command_goes_on_to_the_same_bits(
     pretrained, sigint_is_heard, tmp_path
 ):

@@ -81,6 +81,7 @@ def process(small_cifar):
             yield process
 
 
+@pytest.mark.slow
 def test_the_assigned_process_has_none_of_our_allocator_settings(process):
     assert tuple(setting.partition("=")[0] for setting in SETTINGS) == timing.ALLOCATOR
     there = [process.pool.submit(os.getenv, name).result() for name in timing.ALLOCATOR]
@@ -177,6 +178,7 @@ def test_two_evaluations_that_disagree_are_an_error(monkeypatch, small_cifar):
         throughput.evaluation(small_cifar, process, SimpleNamespace(rounds=1))
 
 
+@pytest.mark.slow
 def test_quick_measures_everything_and_shows_what_it_wrote(
     monkeypatch, small_cifar, tmp_path, capsys
 ):

@@ -50,6 +50,7 @@ def optimizer_steps():
 # ---------------------------------------------------------------- it learns
 
 
+@pytest.mark.slow
 def test_it_learns_on_a_slice_of_cifar10(monkeypatch, cifar):
     """Chance is 10 %, with a deviation of 1 point on 1,000 images."""
     data = cifar._replace(
@@ -187,6 +188,7 @@ def test_finetune_after_a_test_trains_in_training_mode(net):
 # ---------------------------------------------------------------- the assigned recipes
 
 
+@pytest.mark.slow
 def test_train_follows_the_assigned_recipe(net, optimizer_steps):
     history = train(net, epochs=4, batch_size=128, lr=0.1, reg=1e-3)
     assert [step["lr"] for step in optimizer_steps] == pytest.approx(
