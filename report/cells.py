@@ -3,7 +3,7 @@
 import json
 import re
 
-__all__ = ["PICTURES", "ReportError", "clean", "read_cells", "shown", "tags"]
+__all__ = ["PICTURES", "ReportError", "clean", "described", "read_cells", "shown", "tags"]
 
 PICTURES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
 # Of an output, the best first.
@@ -15,6 +15,9 @@ OBJECT = re.compile(r"<[\w.]+( object)?[^<>]*>")  # how an object without a form
 
 class ReportError(RuntimeError):
     """The report could not be made; the message names the file or argument and says what to do."""
+
+    def __str__(self):
+        return re.sub(r"(\bdata:\S{40})[\w+/=%-]+", r"\1...", super().__str__())
 
 
 def clean(text):
@@ -58,6 +61,16 @@ def _check_executed(cell, where):
 def tags(cell):
     """Return the tags of a cell; remove-input and others are those of Jupyter Book."""
     return cell.get("metadata", {}).get("tags", [])
+
+
+def described(cell):
+    """Return (caption, alternative text) of a cell's pictures, "" for one that its metadata lack.
+
+    They stand where MyST-NB and Jupyter Book read them.
+    """
+    about = cell.get("metadata", {}).get("mystnb") or {}
+    return (clean(str((about.get("figure") or {}).get("caption", ""))).strip(),
+            clean(str((about.get("image") or {}).get("alt", ""))).strip())
 
 
 def shown(cell, where):

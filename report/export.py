@@ -6,6 +6,7 @@ the experiments behind section 1 and going_further.ipynb.
 
 import argparse
 import base64
+import itertools
 import json
 import os
 import re
@@ -17,8 +18,9 @@ from pathlib import Path
 import typst
 
 from files import atomic_write
-from report.cells import PICTURES, ReportError, clean, read_cells, shown, tags
-from report.markup import Piece, literal, pandoc, parse, quote_words, raw
+from report.cells import PICTURES, ReportError, clean, described, read_cells, shown, tags
+from report.formulas import quote_words
+from report.markup import Piece, literal, pandoc, parse, raw
 
 __all__ = ["DOCUMENTS", "ReportError", "export", "typeset"]
 
@@ -51,9 +53,9 @@ def pieces_of(cell, where, figures, folder=Path()):
         if in_short is not None:
             yield Piece("typst", f"%in short {in_short}", where)
         if form in PICTURES:
-            figures.append((PICTURES[form], text.encode() if form == "image/svg+xml"
-                            else base64.b64decode(text)))
-            yield Piece("typst", f'#picture("{len(figures) - 1}.{PICTURES[form]}")', where)
+            if i == 0 or parts[i - 1][0] not in PICTURES:
+                group = itertools.takewhile(lambda part: part[0] in PICTURES, parts[i:])
+                yield _figure(group, cell, where, figures)
         elif form == "text/html":
             yield Piece("html", text, where, folder)
         elif form in ("text/markdown", "text/latex"):
@@ -63,6 +65,18 @@ def pieces_of(cell, where, figures, folder=Path()):
             call, lang = ("code", '"python"') if form == "code" else ("output", "none")
             text = f"#{call}({literal(text)}, lang: {lang}, keep: {keep})"
             yield Piece("typst", text, where)
+
+
+def _figure(pictures, cell, where, figures):
+    """Return the Piece of pictures that a cell shows one after the other: one figure."""
+    names, (caption, alt) = [], described(cell)
+    for form, text, _ in pictures:
+        names.append(f'"{len(figures)}.{PICTURES[form]}"')
+        figures.append((PICTURES[form], text.encode() if form == "image/svg+xml"
+                        else base64.b64decode(text)))
+    alt = literal(alt or "Figure drawn by the code above")
+    call = f"#drawn(({', '.join(names)},), alt: {alt})"
+    return Piece("markdown", caption, where, call=call) if caption else Piece("typst", call, where)
 
 
 def contents(blocks):

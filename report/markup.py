@@ -1,24 +1,21 @@
 """Markdown and HTML as Typst. Nothing of a notebook is ever read as code.
 
-All text reaches Typst as string literals, and in formulas a word that is no name of Typst's own
-mathematics becomes a string, too.
+All text reaches Typst as string literals; formulas.py sees to the words in formulas.
 """
 
 import base64
 import binascii
-import functools
 import json
 import re
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import pypandoc
-import typst
 
-from report.cells import PICTURES, ReportError
+from report.cells import PICTURES, ReportError, clean
+from report.formulas import define_macros, mark_dollars
 
-__all__ = ["Piece", "literal", "mark_dollars", "pandoc", "parse", "quote_words", "raw"]
+__all__ = ["Piece", "literal", "pandoc", "parse", "raw"]
 
 
 class Piece(NamedTuple):
@@ -29,76 +26,17 @@ class Piece(NamedTuple):
     where: str
     folder: Path = Path()  # that local images are relative to
     attachments: dict = {}  # noqa: RUF012  (as a notebook's cell holds them)
+    call: str = ""  # Typst's, that takes the text, which is a paragraph, as its content
 
 
-def literal(text, limit=60):
-    """Return clean text as a Typst string literal; words longer than `limit` may break anywhere."""
-
-    def breakable(word):
-        return re.sub(r".{4}(?=.)", "\\g<0>\u200b", word[0])
-
-    text = re.sub(rf"\S{{{limit + 1},}}", breakable, text)
+def literal(text):
+    """Return clean text as a Typst string literal."""
     return json.dumps(text, ensure_ascii=False)  # on clean text, JSON's escapes are Typst's
 
 
 def raw(kind, text):
     """Return the pandoc node for finished Typst; kind: "Block" or "Inline"."""
     return {"t": f"Raw{kind}", "c": ["typst", text]}
-
-
-# ---------------------------------------------------------------- formulas
-
-DOLLARS = re.compile(
-    r"(^(?:```|~~~)[\s\S]*?^(?:```|~~~)|`[^`\n]*`|\\\$|\$\$[\s\S]*?\$\$)"  # left as it is
-    r"|\$((?:[^$\\\n]|\\[\s\S]|\n(?!\s*\n))+?)\$(?=(\d?))", re.MULTILINE)
-
-
-def mark_dollars(text):
-    """Return Markdown in which pandoc takes for formulas what Jupyter does.
-
-    Jupyter allows blanks inside the dollars and a digit behind them.
-    """
-
-    def marked(match):
-        if match[1] is not None:
-            return match[0]
-        return f"${match[2].strip()}$" + ("<!-- -->" if match[3] else "")
-
-    return DOLLARS.sub(marked, text)
-
-
-@functools.cache
-def _mathematics():
-    """Return the names that Typst's mathematics defines."""
-    with tempfile.TemporaryDirectory() as folder:
-        query = Path(folder, "names.typ")
-        query.write_text("#metadata(dictionary(sym).keys() + dictionary(math).keys()) <names>")
-        return frozenset(json.loads(typst.query(query, "<names>", field="value", one=True)))
-
-
-TOKEN = re.compile(
-    r'"(?:\\.|[^"\\])*"|\\.'  # a string, an escape
-    r"|(?P<call>#[a-z]+\([^()\[\]$]*(?P<opens>\)|\[))"  # pandoc's own #h(2em), or #box(..., [
-    r"|(?P<dollar>\$)|(?P<close>\])|(?P<word>[A-Za-z]{2,})(?:\.[a-z.]+)?(?![\w:])", re.DOTALL)
-
-
-def quote_words(text):
-    """Return Typst in which each word of a formula that mathematics does not define is a string."""
-    modes = []  # "$", a formula; "[", text that a call within a formula holds
-
-    def token(match):
-        inside = modes[-1:] == ["$"]
-        if match["dollar"]:
-            modes.pop() if inside else modes.append("$")
-        elif inside and match["opens"] == "[":
-            modes.append("[")
-        elif match["close"] and modes[-1:] == ["["]:
-            modes.pop()
-        elif inside and match["word"] and match["word"] not in _mathematics():
-            return f'"{match[0]}"'
-        return match[0]
-
-    return TOKEN.sub(token, text)
 
 
 # ---------------------------------------------------------------- pandoc
@@ -111,8 +49,7 @@ def pandoc(text, source, target):
     try:
         return pypandoc.convert_text(text, target, source, extra_args=arguments)
     except RuntimeError as error:
-        reason = re.sub(r"data:[\w/+;=,-]{40}\S*", "data:...", str(error))
-        raise ReportError(f"pandoc refused it, mend it in the notebook: {reason}") from error
+        raise ReportError(f"pandoc refused it, mend it in the notebook: {error}") from error
 
 
 def parse(pieces, figures):
@@ -121,28 +58,41 @@ def parse(pieces, figures):
     Raises ReportError, naming the piece, for what cannot be read or would be lost.
     """
     markdown = [piece for piece in pieces if piece.form == "markdown"]
-    try:
-        trees = _read_markdown(markdown)
-        pandoc(json.dumps(_document([block for tree in trees for block in tree])), "json", "typst")
-    except ReportError:  # which of them?
-        for piece in markdown:
-            try:
-                pandoc(json.dumps(_document(_read_markdown([piece])[0])), "json", "typst")
-            except ReportError as error:
-                raise ReportError(f"{piece.where}: {error}") from error
-        raise
+    trees = _all_or_named(_read_markdown, markdown, markdown)
+    define_macros(trees, markdown)
+    _all_or_named(_write, trees, markdown)
     trees, blocks = iter(trees), []
     for piece in pieces:
         if piece.form == "typst":
             blocks.append(raw("Block", piece.text))
-        else:
-            tree = next(trees) if piece.form == "markdown" else _read_html(piece.text)
-            blocks += rewrite(tree, piece, figures)
+            continue
+        tree = next(trees) if piece.form == "markdown" else _read_html(piece.text)
+        tree = rewrite(tree, piece, figures)
+        if piece.call:
+            inlines = [inline for block in tree if block["t"] == "Para" for inline in block["c"]]
+            tree = [{"t": "Plain", "c": [raw("Inline", f"{piece.call}["), *inlines,
+                                         raw("Inline", "]")]}]
+        blocks += tree
     return blocks
 
 
-def _document(blocks):
-    return {"pandoc-api-version": [1, 23], "meta": {}, "blocks": blocks}
+def _all_or_named(convert, items, pieces):
+    """Return convert(items). Raises ReportError, naming the first piece whose item it refuses."""
+    try:
+        return convert(items)
+    except ReportError:
+        for item, piece in zip(items, pieces):
+            try:
+                convert([item])
+            except ReportError as error:
+                raise ReportError(f"{piece.where}: {error}") from error
+        raise
+
+
+def _write(trees):
+    blocks = [block for tree in trees for block in tree]
+    return pandoc(json.dumps({"pandoc-api-version": [1, 23], "meta": {}, "blocks": blocks}),
+                  "json", "typst")
 
 
 def _read_markdown(pieces):
@@ -164,10 +114,10 @@ TAGS = {"b": "strong", "strong": "strong", "i": "emph", "em": "emph", "u": "unde
         "sub": "sub", "sup": "super", "s": "strike", "del": "strike"}
 
 
-def rewrite(node, piece, figures, limit=40):
+def rewrite(node, piece, figures):
     """Return a pandoc node with all text as Typst strings and all pictures in `figures`."""
     if isinstance(node, list):
-        return [rewrite(child, piece, figures, limit) for child in node]
+        return [rewrite(child, piece, figures) for child in node]
     if not isinstance(node, dict) or "c" not in node:
         return node
     kind, content = node["t"], node["c"]
@@ -175,24 +125,22 @@ def rewrite(node, piece, figures, limit=40):
         if content.startswith("\\begin{"):
             raise ReportError(f"{piece.where} has a formula outside dollar signs: put {content} "
                               "... between $$ and $$")
-        return raw("Inline", f"#{literal(content, limit)};")
+        return raw("Inline", f"#{literal(content)};")
     if kind == "Code":
-        return raw("Inline", f"#raw({literal(content[1], min(limit, 24))});")
+        return raw("Inline", f"#raw({literal(content[1])});")
     if kind == "CodeBlock":
         language = literal((content[0][1] or ["text"])[0])
         return raw("Block", f"#code({literal(content[1])}, lang: {language})")
     if kind == "RawBlock":
         return {"t": "Div", "c": [["", [], []],
-                                  rewrite(_read_html(content[1]), piece, figures, limit)]}
+                                  rewrite(_read_html(content[1]), piece, figures)]}
     if kind == "RawInline":
         return _inline_html(content[1], piece, figures)
     if kind == "Image":
         return _image(content, piece, figures)
     if kind == "Link" and not re.match(r"(https?|mailto):", content[2][0]):
-        return {"t": "Span", "c": [["", [], []], rewrite(content[1], piece, figures, limit)]}
-    if kind == "Table":  # characters that a column of small type holds
-        limit = max(4, min(16, int((480 / len(content[2]) - 6) / 3.4)))
-    return {"t": kind, "c": rewrite(content, piece, figures, limit)}
+        return {"t": "Span", "c": [["", [], []], rewrite(content[1], piece, figures)]}
+    return {"t": kind, "c": rewrite(content, piece, figures)}
 
 
 def _inline_html(text, piece, figures):
@@ -238,7 +186,16 @@ def _image(content, piece, figures):
             f"{', '.join(PICTURES)}"
         )
     figures.append((PICTURES[form], data))
-    return raw("Inline", f'#picture("{len(figures) - 1}.{PICTURES[form]}")')
+    alt = literal(clean(_words(content[1])))
+    return raw("Inline", f'#drawn(("{len(figures) - 1}.{PICTURES[form]}",), alt: {alt});')
+
+
+def _words(inlines):
+    """Return what pandoc's inlines say, without their looks."""
+    said = {"Str": lambda text: text, "Code": lambda pair: pair[1], "Math": lambda pair: pair[1],
+            "Link": lambda link: _words(link[1])}
+    return "".join(
+        said.get(inline["t"], _words)(inline["c"]) if "c" in inline else " " for inline in inlines)
 
 
 def _picture(place, piece):
