@@ -68,9 +68,13 @@ def described(cell):
 
     They stand where MyST-NB and Jupyter Book read them.
     """
-    about = cell.get("metadata", {}).get("mystnb") or {}
-    return (clean(str((about.get("figure") or {}).get("caption", ""))).strip(),
-            clean(str((about.get("image") or {}).get("alt", ""))).strip())
+    found = []
+    for keys in (("mystnb", "figure", "caption"), ("mystnb", "image", "alt")):
+        value = cell.get("metadata", {})
+        for key in keys:
+            value = value.get(key, "") if isinstance(value, dict) else ""
+        found.append(clean(str(value)).strip())
+    return tuple(found)
 
 
 def shown(cell, where):

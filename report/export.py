@@ -24,6 +24,7 @@ from report.markup import Piece, literal, pandoc, parse, raw
 
 __all__ = ["DOCUMENTS", "ReportError", "export", "typeset"]
 
+MISSING = re.compile(r'the text `"(.+?)"` could not be displayed')
 ROOT = Path(__file__).resolve().parents[1]
 STYLE = Path(__file__).with_name("style.typ")
 DOCUMENTS = {  # file: (title, notebooks); one that has a cell tagged "further" is split there
@@ -150,11 +151,30 @@ def typeset(document, source, student="", netid="", date=None):
         main_file = Path(folder, "report.typ")
         body = quote_words(pandoc(json.dumps(tree), "json", "typst"))
         main_file.write_text(STYLE.read_text(encoding="utf-8") + body, encoding="utf-8")
+        texts = [("STUDENT", inputs["student"]), ("NETID", inputs["netid"]),
+                 *((piece.where, piece.text) for piece in pieces)]
+        return _compile(main_file, texts, sys_inputs=inputs, timestamp=int(date.timestamp()))
+
+
+def _compile(main_file, texts, **options):
+    """Return the PDF of a Typst file, of the archival kind, in which no character may be missing.
+
+    The fonts of the system, and those of Windows around WSL, are asked only for characters that
+    the typst package has not. texts: [(where, text)] to name the place of one that none has.
+    """
+    options.update(root=main_file.parent, pdf_standards=["a-2b"])
+    windows = [path for path in ["/mnt/c/Windows/Fonts"] if Path(path).is_dir()]
+    for fonts in ({"ignore_system_fonts": True}, {"font_paths": windows}):
         try:
-            return typst.compile(main_file, root=folder, ignore_system_fonts=True,
-                                 sys_inputs=inputs, timestamp=int(date.timestamp()))
+            return typst.compile(main_file, **fonts, **options)
         except typst.TypstError as error:
-            raise ReportError(f"Typst refused the report: {error.diagnostic}") from error
+            missing = MISSING.search(error.diagnostic)
+            if not missing:
+                raise ReportError(f"Typst refused the report: {error.diagnostic}") from error
+    character = re.sub(r"\\u\{(\w+)\}", lambda code: chr(int(code[1], 16)), missing[1])[0]
+    where = next((where for where, text in texts if character in text), "the report")
+    raise ReportError(f"{where} has {character!r}, which no font here can draw: install one that "
+                      "can, as fonts-noto-cjk for Chinese and Korean, or write it otherwise")
 
 
 def export(document, source, out, **cover):

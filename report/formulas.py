@@ -81,7 +81,8 @@ def _mathematics():
 TOKEN = re.compile(
     r'"(?:\\.|[^"\\])*"|\\.'  # a string, an escape
     r"|(?P<call>#[a-z]+\([^()\[\]$]*(?P<opens>\)|\[))"  # pandoc's own #h(2em), or #box(..., [
-    r"|(?P<dollar>\$)|(?P<close>\])|(?P<word>[A-Za-z]{2,})(?:\.[a-z.]+)?(?![\w:])", re.DOTALL)
+    r"|(?P<dollar>\$)|(?P<close>\])|(?P<word>[^\W\d_][^\W_]+)(?P<argument>(?=:))?(?:\.[a-z.]+)?", re.DOTALL)
+ARGUMENTS = {"align", "angle", "delim", "gap", "limits", "reverse", "size"}  # that pandoc names
 
 
 def quote_words(text):
@@ -97,7 +98,8 @@ def quote_words(text):
         elif match["close"] and modes[-1:] == ["["]:
             modes.pop()
         elif inside and match["word"] and match["word"] not in _mathematics():
-            return f'"{match[0]}"'
+            if match["argument"] is None or match["word"] not in ARGUMENTS:
+                return f'"{match[0]}"'
         return match[0]
 
     return TOKEN.sub(token, text)

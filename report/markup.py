@@ -69,8 +69,9 @@ def parse(pieces, figures):
         tree = next(trees) if piece.form == "markdown" else _read_html(piece.text)
         tree = rewrite(tree, piece, figures)
         if piece.call:
-            inlines = [inline for block in tree if block["t"] == "Para" for inline in block["c"]]
-            tree = [{"t": "Plain", "c": [raw("Inline", f"{piece.call}["), *inlines,
+            if [block["t"] for block in tree] != ["Para"]:
+                raise ReportError(f"{piece.where} has a caption that is not one paragraph")
+            tree = [{"t": "Plain", "c": [raw("Inline", f"{piece.call}["), *tree[0]["c"],
                                          raw("Inline", "]")]}]
         blocks += tree
     return blocks
@@ -117,7 +118,7 @@ TAGS = {"b": "strong", "strong": "strong", "i": "emph", "em": "emph", "u": "unde
 def rewrite(node, piece, figures):
     """Return a pandoc node with all text as Typst strings and all pictures in `figures`."""
     if isinstance(node, list):
-        return [rewrite(child, piece, figures) for child in node]
+        return _balanced([rewrite(child, piece, figures) for child in node])
     if not isinstance(node, dict) or "c" not in node:
         return node
     kind, content = node["t"], node["c"]
@@ -141,6 +142,18 @@ def rewrite(node, piece, figures):
     if kind == "Link" and not re.match(r"(https?|mailto):", content[2][0]):
         return {"t": "Span", "c": [["", [], []], rewrite(content[1], piece, figures)]}
     return {"t": kind, "c": rewrite(content, piece, figures)}
+
+
+def _balanced(nodes):
+    """Return rewritten nodes without ends of HTML tags that none opened, and with those missing."""
+    kept, opened = [], 0
+    for node in nodes:
+        text = node["c"][1] if isinstance(node, dict) and node["t"] == "RawInline" else ""
+        opened += text.endswith("[") - (text == "]")
+        if opened >= 0:
+            kept.append(node)
+        opened = max(opened, 0)
+    return kept + [raw("Inline", "]")] * opened
 
 
 def _inline_html(text, piece, figures):
