@@ -81,7 +81,8 @@ def _mathematics():
 TOKEN = re.compile(
     r'"(?:\\.|[^"\\])*"|\\.'  # a string, an escape
     r"|(?P<call>#[a-z]+\([^()\[\]$]*(?P<opens>\)|\[))"  # pandoc's own #h(2em), or #box(..., [
-    r"|(?P<dollar>\$)|(?P<close>\])|(?P<word>[^\W\d_][^\W_]+)(?P<argument>(?=:))?(?:\.[a-z.]+)?", re.DOTALL)
+    r"|(?P<dollar>\$)|(?P<close>\])"
+    r"|(?P<word>[^\W\d_][^\W_]+)(?P<argument>(?=:))?(?:\.[a-z.]+)?", re.DOTALL)
 ARGUMENTS = {"align", "angle", "delim", "gap", "limits", "reverse", "size"}  # that pandoc names
 
 

@@ -205,6 +205,17 @@ def test_lines_fit_the_page(path):
     assert [n for n, line in enumerate(lines, start=1) if len(line) > 100] == []
 
 
+# ---------------------------------------------------------------- git
+
+
+def test_notebooks_are_compared_by_nbdime_where_it_is_installed():
+    told = subprocess.run(["git", "check-attr", "diff", "merge", "--", "hw4.ipynb", "pruning.py"],
+                          cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+    assert told.splitlines() == [
+        "hw4.ipynb: diff: jupyternotebook", "hw4.ipynb: merge: jupyternotebook",
+        "pruning.py: diff: unspecified", "pruning.py: merge: unspecified"]
+
+
 # ---------------------------------------------------------------- docstrings
 
 
