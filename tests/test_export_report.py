@@ -861,13 +861,14 @@ def test_a_caption_is_one_paragraph(write, refused, caption):
 
 
 def test_no_line_of_a_long_listing_stands_alone(read):
-    cells = [new_markdown_cell("# T")]
-    for i in range(24):  # the room left on the page differs each time
-        cells += [new_markdown_cell("filler text. " * 40 * (i % 7 + 1)),
-                  code("\n".join(f"line_{i}_{j} = 0" for j in range(27 + i % 3)))]
+    cells = []
+    for i in range(40):  # the room left on the page differs each time
+        filler = "filler\n\n" * (25 if i < 20 else 10) + "## T\n\n" * (i % 2) + "<br>" * (i % 20)
+        cells += [new_markdown_cell(f"# T\n\n{filler}."),
+                  code("\n".join(f"line_{i}_{j} = 0" for j in range(40)))]
     pages = [page.extract_text() for page in read(cells).pages]
-    counts = [len(re.findall(rf"line_{i}_", page)) for i in range(24) for page in pages]
-    assert 1 not in counts and sum(0 < count < 27 for count in counts) > 10
+    counts = [len(re.findall(rf"line_{i}_", page)) for i in range(40) for page in pages]
+    assert 1 not in counts and sum(0 < count < 40 for count in counts) > 20
 
 
 # ---------------------------------------------------------------- this repository's own report
@@ -942,6 +943,11 @@ def test_an_error_names_notebook_and_cell_and_prints_no_data_uri(write, refused)
     uri = "data:image/bmp;base64," + "A" * 5000
     refused(write([], [new_markdown_cell("# T"), new_markdown_cell("![x](" + uri + ")")]),
             r"lab1_sparse_linear.ipynb, cell 2 has the image data:image/bmp.{,80}, which")
+    error = new_output("error", ename="ValueError", evalue=f"no image: {uri}.", traceback=[])
+    refused(write([], [], [code("x", error)]),
+            r"hw4\.ipynb, cell 1 stopped with ValueError: no image: data:image/bmp.{,80}\.; mend")
+    refused(write([], [], [new_markdown_cell(r"$\nosuchmacro{\text{" + uri + "}}$")]),
+            r"(?s)hw4\.ipynb, cell 1: (?!.*A{60})")
     refused(write([], [], [new_markdown_cell("# T"), new_markdown_cell(r"$\\nosuchmacro{x}$")]),
             r"hw4\.ipynb, cell 2: .*nosuchmacro")
 
