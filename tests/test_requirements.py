@@ -22,18 +22,44 @@ def canonical(name):
 LOCKED = requirements("requirements.lock")
 
 
+def on(python, platform, machine):
+    """The environment that a requirement's marker is evaluated in."""
+    return default_environment() | {
+        "python_version": python, "python_full_version": f"{python}.0", "sys_platform": platform,
+        "platform_machine": machine,
+        "platform_system": {"linux": "Linux", "darwin": "Darwin", "win32": "Windows"}[platform]}
+
+
+def holds(requirement, environment):
+    return requirement.marker is None or requirement.marker.evaluate(environment)
+
+
 @pytest.mark.parametrize("wanted", requirements("requirements.txt"), ids=lambda r: r.name)
 @pytest.mark.parametrize("python", ["3.10", "3.12", "3.14"])
-@pytest.mark.parametrize("platform", ["linux", "darwin"])
-def test_each_requirement_is_pinned_once_within_its_bounds(wanted, python, platform):
-    environment = default_environment() | {
-        "python_version": python, "python_full_version": f"{python}.0", "sys_platform": platform,
-        "platform_system": {"linux": "Linux", "darwin": "Darwin"}[platform]}
+@pytest.mark.parametrize("platform, machine", [
+    ("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"),
+])
+def test_each_requirement_is_pinned_once_within_its_bounds(wanted, python, platform, machine):
+    environment = on(python, platform, machine)
     pins = [pin for pin in LOCKED if canonical(pin.name) == canonical(wanted.name)
-            and (pin.marker is None or pin.marker.evaluate(environment))]
+            and holds(pin, environment)]
+    if not holds(wanted, environment):
+        assert not pins
+        return
     assert len(pins) == 1 and str(pins[0].specifier).startswith("==")
     version = str(pins[0].specifier).removeprefix("==")
     assert wanted.specifier.contains(version, prereleases=True)
+
+
+@pytest.mark.parametrize("platform, machine, has_it", [
+    ("linux", "x86_64", True), ("linux", "aarch64", False), ("linux", "ppc64le", False),
+    ("darwin", "arm64", True), ("darwin", "x86_64", True), ("win32", "AMD64", True),
+])
+def test_constriction_is_asked_for_where_it_has_a_wheel(platform, machine, has_it):
+    """The wheels of 0.5.0: macOS, Windows on x86-64, and Linux on x86-64; there is no sdist."""
+    for file in ("requirements.txt", "requirements.lock"):
+        found = [r for r in requirements(file) if r.name == "constriction"]
+        assert [holds(r, on("3.12", platform, machine)) for r in found] == [has_it]
 
 
 def test_the_lock_names_no_place_to_fetch_from():
