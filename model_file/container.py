@@ -2,14 +2,15 @@
 
 A file holds all that is needed to run a net, and no code. Integers and floats are little-endian.
 
-    bytes    4  b"RNPQ"
-             1  version
-             4  CRC-32 of all that follows
-       1, 1, 1  number of layers; coder, an index into CODERS; bits of a float
-          2, 4  length of the table; length of the floats; the rest are the symbols
-    table       each tensor's name, kind, shape, number of levels and index of the level at zero,
-    under zlib floats      values that are no symbols, levels and steps, in the table's order, by
-    encode_floats symbols     of all tensors, in the table's order, by coders.encode
+    4 bytes  b"RNPQ"
+    1        version
+    4        CRC-32 of all that follows
+    1, 1, 1  number of layers; coder, an index into CODERS; bits of a float
+    4        length of the floats
+    table    each tensor's kind, in the order of a net of so many layers; of all but "float" also
+             the number of levels and the index of the level at zero, 2 bytes each
+    floats   values that are no symbols, levels and steps, by encode_floats
+    symbols  the rest: of all tensors, by coders.encode
 """
 
 import math
@@ -22,17 +23,14 @@ import numpy as np
 from model_file import coders
 from model_file.coders import Alphabet, ByteReader, CompressionError
 
-MAGIC, VERSION = b"RNPQ", 1
-# A CRC finds damage, in 4 bytes. A cryptographic hash would not keep out ill will either, as
-# whoever alters a file can compute it anew: the reader has to stand any content.
+MAGIC, VERSION = b"RNPQ", 2
+# A CRC finds damage. It keeps out no ill will, nor would a hash: the reader stands any content.
 START = struct.Struct("<4sBI")
-HEADER = struct.Struct("<BBBHI")
-# behind the name: kind, dimensions, levels, zero; then 2 bytes a dimension
-RECORD = struct.Struct("<BBHH")
+HEADER = struct.Struct("<BBBI")
+LEVELS = struct.Struct("<HH")
 
-# "none": weights as floats. The order is the format's: add at the end
-CODERS = ("none", *coders.CODERS)
-FLOAT_BITS = (32, 16, 8, 7, 6, 5, 4)
+CODERS = ("none", *coders.CODERS)  # "none": weights as floats. The order is the format's
+FLOAT_BITS = (32, 16, 8)
 KINDS = (
     "float",  # every value as a float
     "masked",  # symbols 0 and 1; the values at 1 as floats
@@ -40,13 +38,11 @@ KINDS = (
     "steps",  # symbols; (symbol - zero) times the output channel's step
     "codes",  # symbols; symbol - zero
 )
-# the deepest but one of He et al.'s nets for CIFAR-10; no file can ask for a larger net
-MAX_LAYERS = 110
-MAX_TABLE = 2**16  # bytes, unpacked; 110 layers need a seventh of it
+DEPTHS = tuple(range(8, 111, 6))  # layers of a net; no file can ask for a deeper one
 
 
 class Record(NamedTuple):
-    """What the table says of a tensor."""
+    """What is known of a tensor: name and shape from the net, the rest from the table."""
 
     name: str
     shape: tuple
@@ -73,27 +69,18 @@ class Part(NamedTuple):
     symbols: np.ndarray | None
 
 
-def along_channels(step, array):
-    """Return the steps (channels,) shaped so that they multiply the first axis of `array`."""
-    return step.reshape(-1, *[1] * (array.ndim - 1))
-
-
-# ---------------------------------------------------------------- writing
-
-
 def write(num_layers, coder, float_bits, parts):
     """Return the bytes of a file that holds `parts`, a list of Part."""
-    table = zlib.compress(b"".join(_record_bytes(part.record) for part in parts), 9)
+    table = b"".join(_record_bytes(part.record) for part in parts)
     floats = b"".join(float_bytes(part, float_bits) for part in parts)
-    body = HEADER.pack(num_layers, CODERS.index(coder), float_bits, len(table), len(floats))
+    body = HEADER.pack(num_layers, CODERS.index(coder), float_bits, len(floats))
     body += table + floats + symbol_bytes(parts, coder)
     return START.pack(MAGIC, VERSION, zlib.crc32(body)) + body
 
 
 def _record_bytes(record):
-    name, shape = record.name.encode(), record.shape
-    fields = RECORD.pack(KINDS.index(record.kind), len(shape), record.n_levels, record.zero)
-    return bytes([len(name)]) + name + fields + struct.pack(f"<{len(shape)}H", *shape)
+    kind = bytes([KINDS.index(record.kind)])
+    return kind if record.kind == "float" else kind + LEVELS.pack(record.n_levels, record.zero)
 
 
 def float_bytes(part, float_bits):
@@ -103,114 +90,75 @@ def float_bytes(part, float_bits):
 
 
 def symbol_bytes(parts, coder):
-    """Return the symbols of a list of Parts as bytes; none at all if no Part has symbols."""
+    """Return the symbols of a list of Parts as bytes, none if no Part has any."""
     coded = [(part.symbols, part.record.alphabet) for part in parts if part.symbols is not None]
     return coders.encode(coder, *zip(*coded)) if coded else b""
-
-
-# ---------------------------------------------------------------- reading
 
 
 def read(data, expected):
     """Return (number of layers, coder, float bits, {section: bytes}, [Part]) of a file's bytes.
 
-    expected(num_layers) returns {name: shape} of the tensors that a file of so many layers must
-    hold, in order. Raises CompressionError for anything that `write` does not write; nothing is
-    allocated before its size is checked.
+    expected(num_layers): {name: shape} of a net's tensors, in order. Raises CompressionError for
+    anything that `write` does not write; nothing is allocated before its size is checked.
     """
     reader = ByteReader(data, "the file")
     magic, version, crc = START.unpack(reader.take(START.size))
     if magic != MAGIC:
-        raise CompressionError(f"the file must start with {MAGIC!r}, got {magic!r}")
+        raise CompressionError(f"a file that `pack` wrote must start with {MAGIC!r}, got {magic!r}")
     if version != VERSION:
-        raise CompressionError(f"the file's version must be {VERSION}, got {version}")
+        raise CompressionError(f"the file's version must be {VERSION}, got {version}; "
+                               "pack the checkpoint again")
     if crc != zlib.crc32(data[START.size:]):
         raise CompressionError("the file is damaged: its checksum does not match")
-    num_layers, coder, float_bits, n_table, n_floats = HEADER.unpack(reader.take(HEADER.size))
-    if num_layers not in range(8, MAX_LAYERS + 1, 6):
-        raise CompressionError(
-            f"the number of layers must be 8, 14, 20, ... {MAX_LAYERS}, got {num_layers}"
-        )
-    if coder >= len(CODERS):
-        raise CompressionError(f"the coder must be below {len(CODERS)}, got {coder}")
-    if float_bits not in FLOAT_BITS:
-        raise CompressionError(f"bits of a float must be one of {FLOAT_BITS}, got {float_bits}")
-    records = _read_table(reader.take(n_table), expected(num_layers))
-    floats = ByteReader(reader.take(n_floats), "the floats")
+    num_layers, coder, float_bits, n_floats = HEADER.unpack(reader.take(HEADER.size))
+    for what, value, allowed in (("number of layers", num_layers, DEPTHS),
+                                 ("coder", coder, tuple(range(len(CODERS)))),
+                                 ("bits of a float", float_bits, FLOAT_BITS)):
+        if value not in allowed:
+            raise CompressionError(f"{what} must be one of {allowed}, got {value}")
+    header = reader.position
+    records = [_read_record(name, shape, reader) for name, shape in expected(num_layers).items()]
+    table, floats = reader.position - header, ByteReader(reader.take(n_floats), "the floats")
     symbols = _read_symbols(CODERS[coder], records, reader)
     parts = [_read_part(record, symbols.get(record.name), floats, float_bits) for record in records]
     floats.end()
-    sections = {"header": START.size + HEADER.size, "table": n_table, "floats": n_floats}
-    return (num_layers,
-            CODERS[coder],
-            float_bits,
-            sections | {"symbols": len(data) - sum(sections.values())},
-            parts)
+    sizes = header, table, n_floats, len(data) - header - table - n_floats
+    sections = dict(zip(("header", "table", "floats", "symbols"), sizes))
+    return num_layers, CODERS[coder], float_bits, sections, parts
 
 
-def _read_table(packed, expected):
-    inflate = zlib.decompressobj()
-    try:
-        table = inflate.decompress(packed, MAX_TABLE)
-    except zlib.error as error:
-        raise CompressionError(f"the table cannot be read: {error}") from error
-    if not inflate.eof or inflate.unused_data:
-        raise CompressionError(
-            f"the table must be one zlib stream of at most {MAX_TABLE} bytes unpacked"
-        )
-    reader, records = ByteReader(table, "the table"), []
-    for name, shape in expected.items():
-        read_name = reader.take(reader.take(1)[0])
-        kind, n_dims, n_levels, zero = RECORD.unpack(reader.take(RECORD.size))
-        read_shape = struct.unpack(f"<{n_dims}H", reader.take(2 * n_dims))
-        if (read_name, read_shape) != (name.encode(), shape):
-            raise CompressionError(
-                f"tensor {len(records)} must be {name} {shape}, got {read_name!r} {read_shape}"
-            )
-        if kind >= len(KINDS):
-            raise CompressionError(f"the kind of {name} must be below {len(KINDS)}, got {kind}")
-        records.append(_checked(Record(name, shape, KINDS[kind], n_levels, zero)))
-    reader.end()
-    return records
-
-
-def _checked(record):
-    """Return the record, or raise CompressionError if no tensor can have its kind, levels and zero.
-    """
-    if record.kind in ("float", "masked"):
-        fits = (record.n_levels, record.zero) == ((0, 0) if record.kind == "float" else (2, 0))
-    else:
-        fits = record.zero < record.n_levels <= coders.MAX_LEVELS
-    if not fits or (record.kind != "float" and not record.name.endswith(".weight")):
-        raise CompressionError(
-            f"{record.name} cannot be of kind {record.kind} with {record.n_levels} levels and "
-            f"zero at {record.zero}"
-        )
+def _read_record(name, shape, reader):
+    """Return the next record; raises CompressionError if no such tensor can be of its kind."""
+    kind = reader.take(1)[0]
+    if kind >= len(KINDS):
+        raise CompressionError(f"the kind of {name} must be below {len(KINDS)}, got {kind}")
+    if kind == 0:
+        return Record(name, shape, "float")
+    record = Record(name, shape, KINDS[kind], *LEVELS.unpack(reader.take(LEVELS.size)))
+    fits = ((record.n_levels, record.zero) == (2, 0) if record.kind == "masked"
+            else record.zero < record.n_levels <= coders.MAX_LEVELS)
+    if not fits or not name.endswith(".weight"):
+        raise CompressionError(f"{name} cannot be of kind {record.kind} with {record.n_levels} "
+                               f"levels and zero at {record.zero}")
     return record
 
 
 def _read_symbols(coder, records, reader):
-    """Return {name: symbols} of the records that have symbols, from all that is left in the reader.
-    """
+    """Return {name: symbols} of the records that have some, from all that is left in the reader."""
     coded = [record for record in records if record.kind != "float"]
     if not coded:
         reader.end()
         return {}
     if coder == "none":
-        raise CompressionError(
-            f"a file without a coder has no symbols, but {coded[0].name} is of kind {coded[0].kind}"
-        )
+        raise CompressionError(f"a file without a coder has no {coded[0].kind}: {coded[0].name}")
     data = reader.take(len(reader.data) - reader.position)
     arrays = coders.decode(coder, data, [record.alphabet for record in coded])
     return {record.name: array for record, array in zip(coded, arrays)}
 
 
 def _read_part(record, symbols, floats, float_bits):
-    size = {"float": math.prod(record.shape),
-            "levels": record.n_levels,
-            "steps": record.shape[0],
-            "codes": 0}
-    n = int(symbols.sum()) if record.kind == "masked" else size[record.kind]
+    n = {"float": math.prod(record.shape), "levels": record.n_levels, "steps": record.shape[0],
+         "codes": 0, "masked": 0 if symbols is None else int(symbols.sum())}[record.kind]
     rows, bits = record.float_layout(float_bits)
     return Part(record, decode_floats(floats, (rows, n // rows), bits).ravel(), symbols)
 
@@ -220,43 +168,35 @@ def value_of(part):
     record, floats, symbols = part
     if record.kind == "float":
         return floats.reshape(record.shape)
-    if record.kind == "masked":
-        value = np.zeros(record.shape, np.float32)
-        value[symbols == 1] = floats
-        return value
     if record.kind == "levels":
         return floats[symbols]
     value = (symbols - record.zero).astype(np.float32)
-    if record.kind == "steps":
+    if record.kind == "masked":
+        value[symbols == 1] = floats
+    elif record.kind == "steps":
         with np.errstate(over="ignore"):
-            value *= along_channels(floats, value)
+            value = (value.T * floats).T  # along the first axis
         if not np.isfinite(value).all():
             raise CompressionError(f"{record.name} must be finite, but its steps are too large")
     return value
 
 
-# ---------------------------------------------------------------- floats
-
-
 def encode_floats(values, bits):
     """Return finite float32 values, (rows, columns), as bytes.
 
-    bits: 32, exact; 16, rounded to float16; 8 to 4, rounded to an even grid from each row's minimum
-    to its maximum, which are kept as float16. Raises CompressionError if a value is beyond
-    float16's range.
+    bits: 32, exact; 16, rounded to float16; 8, rounded to an even grid from each row's minimum to
+    its maximum, told as float16. Raises CompressionError if a value is beyond float16's range.
     """
-    if bits == 32:
+    if bits == 32 or not values.size:
         return values.astype("<f4").tobytes()
     if bits == 16:
         return _float16(values).tobytes()
-    data = b""
-    for row in values.astype(np.float64) if values.size else ():
-        # both rounded outwards, so that the grid reaches from end to end
-        low = _float16(row.min(), -np.inf)
-        step = _float16((row.max() - low) / (2**bits - 1), np.inf)
-        codes = np.round((row - low) / (float(step) or 1.0)).clip(0, 2**bits - 1)
-        data += np.array([low, step], "<f2").tobytes() + coders.pack([coders.to_bits(codes, bits)])
-    return data
+    values = values.astype(np.float64)
+    # both rounded outwards, so that the grid reaches from end to end
+    low = _float16(values.min(1, keepdims=True), -np.inf)
+    step = _float16((values.max(1, keepdims=True) - low) / 255, np.inf)
+    codes = np.round((values - low) / np.where(step > 0, step, 1.0)).clip(0, 255)
+    return np.hstack([low.view(np.uint8), step.view(np.uint8), codes.astype(np.uint8)]).tobytes()
 
 
 def decode_floats(reader, shape, bits):
@@ -265,32 +205,27 @@ def decode_floats(reader, shape, bits):
     Raises CompressionError if there are too few bytes or a value is NaN or infinite.
     """
     rows, columns = shape
-    if bits >= 16:
-        values = np.frombuffer(reader.take(rows * columns * bits // 8), f"<f{bits // 8}").astype(
-            np.float32
-        )
+    if bits == 8 and columns:
+        told = np.frombuffer(reader.take(rows * (4 + columns)), np.uint8).reshape(rows, 4 + columns)
+        low, step = np.split(told[:, :4].copy().view("<f2").astype(np.float32), 2, axis=1)
+        with np.errstate(invalid="ignore"):  # an infinite step; reported below
+            values = low + step * told[:, 4:].astype(np.float32)
     else:
-        values = np.zeros(shape, np.float32)
-        for row in values if values.size else ():
-            low, step = np.frombuffer(reader.take(4), "<f2").astype(np.float32)
-            codes = coders.bit_reader(reader.take(-(-columns * bits // 8)))(columns, bits)
-            with np.errstate(invalid="ignore"):  # an infinite step; reported below
-                row[:] = low + step * codes.astype(np.float32)
+        values = np.frombuffer(reader.take(rows * columns * bits // 8), f"<f{max(bits, 16) // 8}")
+        values = values.astype(np.float32).reshape(shape)
     if not np.isfinite(values).all():
         raise CompressionError(f"{reader.what} must be finite, got NaN or infinite values")
-    return values.reshape(shape)
+    return values
 
 
 def _float16(values, towards=None):
-    """Return values as float16: the nearest or, with towards=inf or -inf, the nearest on that side.
-    """
-    largest = np.abs(values).max(initial=0)
-    if largest > np.finfo(np.float16).max:
+    """Return values as float16, rounded to the nearest or `towards` inf or -inf."""
+    largest, limit = np.abs(values).max(initial=0), np.finfo(np.float16).max
+    if largest > limit:
         raise CompressionError(
-            f"values must be at most {np.finfo(np.float16).max} with float_bits below 32, "
-            f"got {largest}"
-        )
+            f"values must be at most {limit} with float_bits below 32, got {largest}")
     rounded = np.asarray(values).astype("<f2")
-    if towards is not None and (float(rounded) - float(values)) * towards < 0:
-        rounded = np.nextafter(rounded, np.float16(towards))
-    return rounded
+    if towards is None:
+        return rounded
+    beyond = (rounded.astype(np.float64) - values) * np.sign(towards) < 0
+    return np.where(beyond, np.nextafter(rounded, np.float16(towards)), rounded)

@@ -1,9 +1,9 @@
 """How likely each symbol of a weight tensor is, given those before it.
 
-Trained kernels are not noise: a filter or an input channel that has many zeros has more of them,
-zeros lie beside zeros, and neighbouring weights tend to have one sign. The model learns how strong
-this is while it codes, from what is coded already, so a file holds no table of it. It computes with
-integers only: reader and writer must arrive at exactly the same probabilities, on any machine.
+In a trained kernel zeros lie beside zeros, a filter or an input channel that has many has more of
+them, and neighbouring weights tend to have one sign. How strong this is the model learns while it
+codes, so a file holds no table of it. It computes with integers only: reader and writer must arrive
+at exactly the same probabilities, on any machine.
 """
 
 import functools
@@ -15,18 +15,15 @@ OCTAVE = 16  # logarithms here are integers, in sixteenths of an octave: 16 log2
 SEEN = 32  # what an observed bit adds to its count
 FIRST = 8 * SEEN  # a new context's counts add up to this: what it starts from is worth 8 bits seen
 
-# Found by trying a few on our model pruned to 70, 80 and 90 %. A quarter more or less of any
-# changes no size by 1 %.
+# A quarter more or less of any changes no size by 1 % on our model pruned to 70, 80 and 90 %.
 NEIGHBOUR = 32  # what a non-zero left or upper neighbour adds to the log odds of "not zero"
 KERNEL = 6  # what each non-zero of the same kernel adds
 POSITION = -2  # what each position that is coded adds, to offset KERNEL
-# weights, in sixteenths, of what the filter and the input channel have had so far
-FILTER, CHANNEL, BY = 10, 8, 16
+FILTER, CHANNEL, BY = 10, 8, 16  # weights, in sixteenths, of what either has had so far
 
 
 def _root16(x):
-    """Return the 16th root of an integer, rounded down, exactly, on any machine."""
-    return math.isqrt(math.isqrt(math.isqrt(math.isqrt(x))))
+    return math.isqrt(math.isqrt(math.isqrt(math.isqrt(x))))  # rounded down, exactly
 
 
 @functools.cache
@@ -65,37 +62,32 @@ class _Contexts:
         self.counts = np.stack([FIRST - ones, ones], axis=1)
 
     def code(self, coder, contexts, bits):
-        """Encode `bits`, or decode one for each context if None; return them (0 or 1), counted."""
+        """Encode `bits`, or decode one for each context; return them (0 or 1), counted."""
         counts = self.counts[contexts]
         ones = np.clip((counts[:, 1] << 16) // counts.sum(1), 1, 2**16 - 1)
         bits = coder(np.stack([2**16 - ones, ones], axis=1), bits)
         for bit in (0, 1):
-            self.counts[:, bit] += SEEN * np.bincount(
-                contexts[bits == bit], minlength=len(self.counts)
-            )
+            seen = np.bincount(contexts[bits == bit], minlength=len(self.counts))
+            self.counts[:, bit] += SEEN * seen
         return bits
 
 
 class ContextModel:
     """Codes arrays of symbols one after another, and learns from each for the next.
 
-    coder(weights, bits) encodes `bits` (n,), or decodes n of them if None, and returns them as
-    int64. weights: (n, 2), integers that add up to 2^16, proportional to the probabilities of 0 and
-    1.
+    coder(weights, bits) encodes `bits` (n,), or decodes as many, whatever `bits` holds, and returns
+    them as int64. weights: of 0 and 1, (n, 2), integers that add up to 2^16.
 
     A symbol is told as: zero or not; its sign; its distance from zero minus one, in bits, the
-    highest first. One kernel position after another is coded, for all kernels of the array at once,
-    so that NumPy does the work.
+    highest first. One kernel position after another is coded, for all kernels of the array at once.
     """
 
     def __init__(self, coder):
         self.coder = coder
-        # one context for each half octave of odds
-        self.scores = range(-24 * OCTAVE, 24 * OCTAVE + 1, OCTAVE // 2)
+        self.scores = range(-24 * OCTAVE, 24 * OCTAVE + 1, OCTAVE // 2)  # a context each
         self.nonzero = _Contexts(self.scores)
+        self.sign = _Contexts([0] * 27)  # of three neighbours: -, 0 or + each
         self.distances = {}  # {number of contexts: _Contexts}
-        # of the left, upper and upper left neighbour: -, 0 or + each
-        self.sign = _Contexts([0] * 27)
 
     def code(self, alphabet, density, symbols=None):
         """Encode `symbols`, or decode them if None; return them, a flat int64 array.
@@ -105,55 +97,37 @@ class ContextModel:
         """
         height, width = alphabet.shape[2:] if len(alphabet.shape) == 4 else (1, 1)
         n_out, n_in = alphabet.shape[0], alphabet.size // (alphabet.shape[0] * height * width)
-        shape = (n_out, n_in, height * width)
-        largest = max(alphabet.zero, alphabet.n_levels - 1 - alphabet.zero)
-        n_contexts = 2 << (largest - 1).bit_length()
+        farthest = max(alphabet.zero, alphabet.n_levels - 1 - alphabet.zero)
+        n_contexts = 2 << (farthest - 1).bit_length()
         distance = self.distances.setdefault(n_contexts, _Contexts([0] * n_contexts))
         distance.fade()  # each array has its own scale
-        wanted = None if symbols is None else symbols.reshape(shape) - alphabet.zero
-        values = np.zeros(shape, np.int64)
+        values = np.zeros((n_out, n_in, height * width), np.int64)
+        wanted = values if symbols is None else symbols.reshape(values.shape) - alphabet.zero
         for p in range(height * width):
-            # those beyond the border count as zero
-            neighbours = np.zeros((3, n_out, n_in), np.int64)
-            row, column = divmod(p, width)
-            for i, (is_inside, back) in enumerate(
-                [(column, 1), (row, width), (row and column, width + 1)]
-            ):
-                if is_inside:
-                    neighbours[i] = values[:, :, p - back]
-            score = _score(density, values[:, :, :p] != 0) + NEIGHBOUR * (neighbours[:2] != 0).sum(
-                0
-            )
-            values[:, :, p] = self._position(alphabet, score, neighbours, distance,
-                                             None if wanted is None else wanted[:, :, p])
+            row, column = divmod(p, width)  # left, upper, upper left; 0 beyond the border
+            inside = ((column, p - 1), (row, p - width), (row and column, p - width - 1))
+            neighbours = np.stack([values[:, :, at] if is_in else np.zeros((n_out, n_in), np.int64)
+                                   for is_in, at in inside])
+            score = _score(density, values[:, :, :p] != 0)
+            score = score + NEIGHBOUR * (neighbours[:2] != 0).sum(0)
+            values[..., p] = self._position(alphabet, score, neighbours, distance, wanted[..., p])
         return (values + alphabet.zero).ravel()
 
     def _position(self, alphabet, score, neighbours, distance, wanted):
         """Code one position of all kernels, (out, in); return the values, symbols minus zero."""
-
-        def told(what):  # while encoding; None while decoding
-            return None if wanted is None else what()
-
-        context = np.clip(
-            score // self.scores.step + len(self.scores) // 2, 0, len(self.scores) - 1
-        )
-        nonzero = (
-            self.nonzero.code(self.coder, context.ravel(), told(lambda: wanted.ravel() != 0)) == 1
-        )
-        kept = told(lambda: wanted.ravel()[nonzero])
-        n = int(nonzero.sum())
+        context = (score // self.scores.step + len(self.scores) // 2).clip(0, len(self.scores) - 1)
+        nonzero = self.nonzero.code(self.coder, context.ravel(), wanted.ravel() != 0) == 1
+        kept, n = wanted.ravel()[nonzero], int(nonzero.sum())
         if 0 < alphabet.zero < alphabet.n_levels - 1:
             context = np.array([9, 3, 1]) @ (np.sign(neighbours) + 1).reshape(3, -1)[:, nonzero]
-            positive = self.sign.code(self.coder, context, told(lambda: kept > 0))
+            positive = self.sign.code(self.coder, context, kept > 0)
         else:
             positive = np.full(n, int(alphabet.zero == 0))
         node = np.ones(n, np.int64)  # in the tree of distances: 1 and the bits that are known
         n_bits = (len(distance.counts) // 2).bit_length() - 1
         for shift in range(n_bits - 1, -1, -1):
-            bit = distance.code(
-                self.coder, 2 * node + positive, told(lambda: (abs(kept) - 1) >> shift & 1)
-            )
-            node = 2 * node + bit
+            bits = (abs(kept) - 1) >> shift & 1
+            node = 2 * node + distance.code(self.coder, 2 * node + positive, bits)
         values = np.zeros(nonzero.shape, np.int64)
         values[nonzero] = np.where(positive == 1, 1, -1) * (node - (1 << n_bits) + 1)
         return values.reshape(score.shape)
@@ -166,10 +140,8 @@ def _score(density, nonzero):
     score = density + KERNEL * nonzero.sum(2) + POSITION * p
     for axis, weight, n in ((0, CHANNEL, n_out * p), (1, FILTER, n_in * p)):
         ones = nonzero.sum((axis, 2))
-        # Four weights of the whole array's density are added, so that none seen does not mean
-        # never.
-        seen = _log(ones * (odds + 2**16) + 4 * odds) - _log(
-            (n - ones) * (odds + 2**16) + 4 * 2**16
-        )
+        # with four weights of the whole array's density: none seen does not mean never
+        zeros, ones = (n - ones) * (odds + 2**16) + 4 * 2**16, ones * (odds + 2**16) + 4 * odds
+        seen = _log(ones) - _log(zeros)
         score = score + np.expand_dims(weight * (seen - density) // BY, axis)
     return score
