@@ -1,4 +1,4 @@
-"""Command line: `pack` a checkpoint into a small file, `unpack` it, `info` on its bytes."""
+"""Command line: `pack` a checkpoint into a small file, `unpack` it, `info` on it, `export` one."""
 
 import argparse
 import math
@@ -8,10 +8,11 @@ from pathlib import Path
 from experiments.records import weights_path
 from experiments.run import QUANTIZERS, build
 from experiments.runs import RUNS
-from files import atomic_write
+from files import atomic_write, check_writable
 from model_file import container
 from model_file.network import compress, decompress, describe, stored_shapes
 from resnet20 import ResNetCIFAR
+from train_utils import get_data
 from training.checkpoints import load_weights, save_weights
 
 
@@ -24,9 +25,9 @@ def load(checkpoint, Nbits=None, symmetric=False, quantizer=None):
     """
     if Nbits is None and (symmetric or quantizer is not None):
         raise ValueError("bits must be given where symmetric or quantizer is, got None")
-    path = Path(checkpoint)
+    name, path = str(checkpoint), Path(checkpoint)
     if path.suffix != ".pt":
-        name, path = str(checkpoint), weights_path(str(checkpoint))
+        path = weights_path(name)
     else:
         name = "pretrain" if path.name == weights_path("pretrain").name else path.stem
     if name.partition("@")[0] in RUNS and Nbits is None:
@@ -47,6 +48,8 @@ def main(arguments=None):
             print(f"{options.out}: {_ratio(data, stored_shapes(net).values())}")
         elif options.command == "unpack":
             save_weights(decompress(Path(options.file).read_bytes()), options.out)
+        elif options.command == "export":
+            _export(load(options.checkpoint), options.out, options.int8)
         else:
             _print_info(Path(options.file).read_bytes())
     except (ValueError, OSError, RuntimeError) as error:
@@ -55,27 +58,41 @@ def main(arguments=None):
     return 0
 
 
+def _export(net, out, int8):
+    from model_file.export import calibration_images, export_onnx, quantize_int8
+
+    if Path(out).exists():
+        raise FileExistsError(f"{out} is there already: remove it, or choose another name")
+    check_writable(out)
+    model = export_onnx(net)
+    if int8:
+        model = quantize_int8(model, calibration_images(get_data("cpu")))
+    with atomic_write(out) as file:
+        file.write(model)
+    print(f"{out}: {_ratio(model, stored_shapes(net).values())}")
+
+
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m model_file",
-                                     description="A pruned and quantized network as a small file.")
+    parser = argparse.ArgumentParser(prog="python -m model_file", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack", help="write a checkpoint as a file")
-    pack.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's name, or a .pt file")
-    pack.add_argument("out", metavar="OUT")
     pack.add_argument("--coder", choices=container.CODERS, default="context")
     pack.add_argument("--float-bits", type=int, choices=container.FLOAT_BITS, default=32,
                       help="of values that are no symbols; fewer than 32 round them")
-    pack.add_argument("--bits", type=int, metavar="N",
-                      help="bits of a weight in the residual stages, for a file that is no run's")
+    pack.add_argument("--bits", type=int, metavar="N", help="bits of a weight, if it is no run's")
     pack.add_argument("--quantizer", choices=QUANTIZERS, help="how --bits quantizes: minmax, as "
                       "assigned (default), or learned, with the steps in the file")
-    pack.add_argument("--symmetric", action="store_true",
-                      help="with --bits: levels symmetric around zero")
+    pack.add_argument("--symmetric", action="store_true", help="--bits: levels around zero")
+    export = commands.add_parser("export", help="write a checkpoint as an ONNX file")
+    export.add_argument("--int8", action="store_true", help="compute in 8-bit integers")
+    for command, out in ((pack, "OUT"), (export, "OUT.onnx")):
+        command.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's name, or a .pt file")
+        command.add_argument("out", metavar=out)
     unpack = commands.add_parser("unpack", help="write a file's net as a float checkpoint")
-    unpack.add_argument("file", metavar="FILE")
-    unpack.add_argument("out", metavar="OUT.pt")
     info = commands.add_parser("info", help="show where every byte goes")
-    info.add_argument("file", metavar="FILE")
+    for command in (unpack, info):
+        command.add_argument("file", metavar="FILE")
+    unpack.add_argument("out", metavar="OUT.pt")
     return parser
 
 
