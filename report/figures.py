@@ -191,10 +191,11 @@ def frontier(points):
     return names
 
 
-def plot_frontier(points, ax, baseline=None):
+def plot_frontier(points, ax, baseline=None, published=()):
     """Draw accuracy in % against bytes, on a log axis, the frontier joined and named; returns ax.
 
-    points: {name: (bytes, fraction)}; baseline: the float model's accuracy, a fraction.
+    points: {name: (bytes, fraction)}; baseline: the float model's accuracy, a fraction; published:
+    a dict as points, of what others report.
     """
     names = frontier(points)
     others = [points[name] for name in points if name not in names]
@@ -204,8 +205,12 @@ def plot_frontier(points, ax, baseline=None):
     best = [(points[name][0], 100 * points[name][1]) for name in names]
     ax.plot(*zip(*best), label="frontier", **style(1))
     for name in names:
-        ax.annotate(name, (points[name][0], 100 * points[name][1]), (6, -9), fontsize=6,
-                    textcoords="offset points")
+        ax.annotate(name, (points[name][0], 100 * points[name][1]), (-5, 4), fontsize=6,
+                    ha="right", textcoords="offset points")
+    for i, name in enumerate(published):
+        size, accuracy = published[name]
+        ax.plot([size], [100 * accuracy], label=name, color=COLORS[2], linestyle="none",
+                marker=("*", "P", "X")[i % 3], markersize=9, markerfacecolor="none")
     if baseline is not None:
         _draw_float(ax, 100 * baseline)
     ax.set(xscale="log", xlabel="size of the file (kB)", ylabel="test accuracy (%)")

@@ -118,3 +118,15 @@ def test_the_frontier_is_what_no_other_point_beats_in_both(ax):
     assert list(frontier.get_ydata()) == pytest.approx([85, 90, 95])
     assert set(baseline.get_ydata()) == {93} and ax.get_xscale() == "log"
     assert {text.get_text() for text in ax.texts} == {"a", "b", "e"}
+
+
+def test_what_others_report_is_a_point_of_its_own(ax):
+    """It has its own marker and its name in the legend, and no part in our frontier."""
+    figures.plot_frontier({"a": (3000, 0.9), "b": (2000, 0.85)}, ax, None,
+                          {"X": (1000, 0.99), "Y": (1500, 0.5)})
+    ours, *others = ax.lines
+    assert list(ours.get_xdata()) == [2000, 3000]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in others] == [
+        (1000, pytest.approx(99)), (1500, pytest.approx(50))]
+    assert len({line.get_marker() for line in ax.lines}) == 3
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["frontier", "X", "Y"]

@@ -1,0 +1,237 @@
+"""Every shipped network as a file, by every method: sizes.csv, and the frontier as a figure.
+
+    python -m benchmarks.sizes     about five minutes on two cores: each file with rounded floats is
+                                   evaluated on all test images
+"""
+
+import csv
+import io
+import lzma
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from constriction import stream, symbol
+
+from experiments.records import read_record
+from experiments.run import load_or_train
+from experiments.runs import RUNS
+from files import atomic_write
+from model_file import coders, container
+from model_file.coders import Alphabet
+from model_file.network import compress, decompress, describe, parts_of
+from report import figures
+from train_utils import evaluate
+
+HERE = Path(__file__).parent
+CSV, FIGURE = HERE / "sizes.csv", HERE / "frontier.png"
+HEADER = ["run", "method", "bytes", "accuracy"]
+
+FILES = {  # method: (coder, float_bits) of a file; 32 bits give the net's logits exactly
+    "float32": ("none", 32),
+    "fixed width": ("packed", 32),
+    "context": ("context", 32),
+    "context, 8-bit floats": ("context", 8),
+}
+SMALLEST = "context, 8-bit floats"
+
+# Ternary ResNet-20 on CIFAR-10, bytes counted from what its authors report: Marban et al.,
+# "Learning Sparse & Ternary Neural Networks with Entropy-Constrained Trained Ternarization", 2020.
+PUBLISHED = {"EC2T, counted": (44_000, 0.9076)}
+
+
+class Cost(NamedTuple):
+    """What a method takes for a net: bytes, and seconds there and back."""
+
+    size: int
+    compress: float
+    decompress: float
+
+
+def methods(net):
+    """Return {method: Cost} of a ResNetCIFAR: the files of FILES, and other coders' symbols.
+
+    Those of SYMBOLS stand in place of the symbols in the file with a fixed width. Each is decoded
+    and compared. Raises as compress does.
+    """
+    costs, data = {}, {}
+    for method, (coder, float_bits) in FILES.items():
+        data[method], seconds = _timed(compress, net, coder, float_bits)
+        costs[method] = Cost(len(data[method]), seconds, _timed(decompress, data[method])[1])
+    parts = [part for part in parts_of(net, "packed", 32)
+             if part.symbols is not None and part.record.alphabet.is_told]
+    arrays = [part.symbols.ravel() for part in parts]
+    alphabets = [part.record.alphabet for part in parts]
+    base = costs["fixed width"]
+    rest = base.size - describe(data["fixed width"])[0]["symbols"]
+    for method, (encoder, decoder) in SYMBOLS.items():
+        coded, seconds = _timed(encoder, arrays, alphabets)
+        decoded, back = _timed(decoder, coded, alphabets)
+        if not all(map(np.array_equal, arrays, decoded)):
+            raise RuntimeError(f"{method} must give the symbols back")
+        costs[method] = Cost(rest + len(coded), base.compress + seconds, base.decompress + back)
+    return costs
+
+
+def _timed(function, *args):
+    started = time.perf_counter()
+    return function(*args), time.perf_counter() - started
+
+
+def entropy_bytes(arrays, alphabets):
+    """Return the empirical entropy of flat arrays, in bytes, by the histogram of each.
+
+    No coder that goes by the histograms alone can be shorter; one that looks at neighbours can.
+    Source: Shannon, "A Mathematical Theory of Communication", 1948, theorem 9.
+    """
+    bits = 0.0
+    for counts in _histograms(arrays, alphabets):
+        counts = counts[counts > 0]
+        bits += float((counts * np.log2(counts.sum() / counts)).sum())
+    return bits / 8
+
+
+def entropy_bound(net):
+    """Return the bytes of a net's float32 values and of its symbols' entropy, rounded up."""
+    parts = parts_of(net)
+    coded = [part for part in parts if part.symbols is not None]
+    symbols = entropy_bytes([part.symbols.ravel() for part in coded],
+                            [part.record.alphabet for part in coded])
+    return int(np.ceil(symbols)) + sum(len(container.float_bytes(part, 32)) for part in parts)
+
+
+# ---------------------------------------------------------------- coders to compare with
+
+
+def _histograms(arrays, alphabets):
+    return [np.bincount(array, minlength=a.n_levels) for array, a in zip(arrays, alphabets)]
+
+
+def _encode_xz(arrays, alphabets):
+    packed = coders.encode("packed", arrays, alphabets)
+    return lzma.compress(packed, preset=9 | lzma.PRESET_EXTREME)
+
+
+def _decode_xz(data, alphabets):
+    arrays = coders.decode("packed", lzma.decompress(data), alphabets)
+    return [array.ravel() for array in arrays]
+
+
+def _count_alphabets(alphabets):
+    """Return what is known of the histograms but their last counts, which follow from the sizes."""
+    return [Alphabet((a.n_levels - 1,), a.size + 1, 0) for a in alphabets]
+
+
+def _with_counts(histograms, alphabets, words):
+    counts = [counts[:-1] for counts in histograms]
+    head = coders.encode("packed", counts, _count_alphabets(alphabets))
+    return head + words.astype("<u4").tobytes()
+
+
+def _counts_of(data, alphabets):
+    """Return (histograms, the words behind them)."""
+    told = _count_alphabets(alphabets)
+    end = -(-sum(a.size * (a.n_levels - 1).bit_length() for a in told) // 8)
+    histograms = [np.append(counts, a.size - counts.sum())
+                  for counts, a in zip(coders.decode("packed", data[:end], told), alphabets)]
+    return histograms, np.frombuffer(data[end:], "<u4").astype(np.uint32)
+
+
+def _encode_huffman(arrays, alphabets):
+    queue, histograms = symbol.QueueEncoder(), _histograms(arrays, alphabets)
+    for array, counts in zip(arrays, histograms):
+        tree = symbol.huffman.EncoderHuffmanTree(counts.astype(np.float64))
+        for s in array.tolist():
+            queue.encode_symbol(s, tree)
+    return _with_counts(histograms, alphabets, queue.get_compressed_and_bitrate()[0])
+
+
+def _decode_huffman(data, alphabets):
+    histograms, words = _counts_of(data, alphabets)
+    queue, arrays = symbol.QueueDecoder(words), []
+    for a, counts in zip(alphabets, histograms):
+        tree = symbol.huffman.DecoderHuffmanTree(counts.astype(np.float64))
+        arrays.append(np.array([queue.decode_symbol(tree) for _ in range(a.size)]))
+    return arrays
+
+
+def _model(counts):
+    return stream.model.Categorical(counts / counts.sum(), perfect=False)
+
+
+def _encode_range(arrays, alphabets):
+    coder, histograms = stream.queue.RangeEncoder(), _histograms(arrays, alphabets)
+    for array, counts in zip(arrays, histograms):
+        coder.encode(array.astype(np.int32), _model(counts))
+    return _with_counts(histograms, alphabets, coder.get_compressed())
+
+
+def _decode_range(data, alphabets):
+    histograms, words = _counts_of(data, alphabets)
+    coder = stream.queue.RangeDecoder(words)
+    return [coder.decode(_model(counts), a.size) for a, counts in zip(alphabets, histograms)]
+
+
+SYMBOLS = {  # method: (encoder, decoder) of flat arrays of symbols
+    "Huffman": (_encode_huffman, _decode_huffman),
+    "range": (_encode_range, _decode_range),
+    "fixed width, then xz": (_encode_xz, _decode_xz),
+}
+
+
+# ---------------------------------------------------------------- the table and the figure
+
+
+def rows_of(run):
+    """Return rows (see HEADER) of a shipped run; files with rounded floats are evaluated."""
+    net, record = load_or_train(run)
+    rows = []
+    for method, cost in methods(net).items():
+        accuracy = record["test_accuracy"]
+        if method == SMALLEST:
+            device = next(net.parameters()).device
+            accuracy = evaluate(decompress(compress(net, *FILES[method])).to(device))[1]
+        rows.append([run, method, cost.size, round(accuracy, 4)])
+    return rows
+
+
+def read_sizes(path=CSV):
+    """Return {run: {method: (bytes, accuracy as a fraction)}} of the file that main writes."""
+    sizes = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            told = int(row["bytes"]), float(row["accuracy"])
+            sizes.setdefault(row["run"], {})[row["method"]] = told
+    return sizes
+
+
+def plot(sizes, ax):
+    """Draw the smallest file of each run, and what others report, on `ax`, and return it."""
+    points = {run: files[SMALLEST] for run, files in sizes.items()}
+    figures.plot_frontier(points, ax, sizes["pretrain"]["float32"][1], PUBLISHED)
+    ax.set(xlim=(9_000, 400_000), ylim=(84.5, 92.9))  # without the run whose zeros are not held
+    return ax
+
+
+def main():
+    """Write the table of all runs and methods, and the figure made of it; return 0."""
+    runs = [name for name, run in RUNS.items() if not run.held_out and read_record(name)]
+    rows = []
+    for run in runs:
+        print(run, flush=True)
+        rows += rows_of(run)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([HEADER, *rows])
+    with atomic_write(CSV) as file:
+        file.write(text.getvalue().encode())
+    picture = io.BytesIO()
+    plot(read_sizes(CSV), figures.axes()).figure.savefig(picture, metadata={"Software": None})
+    with atomic_write(FIGURE) as file:
+        file.write(picture.getvalue())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""What our files are compared with: coders against Shannon's bound and an enumeration of prefix
+codes, the table and the figure against the files themselves.
+"""
+
+import heapq
+import itertools
+import lzma
+import math
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, make_net
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import entropy
+from test_coders import skewed
+
+from benchmarks import sizes
+from experiments.records import read_record
+from experiments.runs import RUNS
+from FP_layers import FP_Conv, FP_Linear, Learned
+from model_file import coders
+from model_file.__main__ import load, main
+from model_file.coders import Alphabet
+from model_file.network import compress, describe
+
+RUN = "lab3d_2bit_improved"
+
+
+def length(method, array, alphabet):
+    return len(sizes.SYMBOLS[method][0]([array.ravel()], [alphabet]))
+
+
+def table(array, alphabet):
+    """Bytes of the histogram."""
+    return math.ceil((alphabet.n_levels - 1) * array.size.bit_length() / 8)
+
+
+# ---------------------------------------------------------------- coders
+
+
+@pytest.mark.parametrize("method", sizes.SYMBOLS)
+@pytest.mark.parametrize("n_levels", [2, 3, 17, 257])
+def test_decoding_gives_the_symbols_back(method, n_levels):
+    cases = [skewed(seed, (16, 8, 3, 3), n_levels, seed) for seed in range(2)]
+    arrays, alphabets = [array.ravel() for array, _ in cases], [a for _, a in cases]
+    encoder, decoder = sizes.SYMBOLS[method]
+    assert all(map(np.array_equal, arrays, decoder(encoder(arrays, alphabets), alphabets)))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("n_levels", [2, 3, 5, 17])
+def test_range_coding_takes_the_entropy(n_levels, seed):
+    array, alphabet = skewed(seed, (32, 16, 3, 3), n_levels, n_levels // 2)
+    bound = entropy(np.bincount(array.ravel()), base=2) * array.size / 8
+    assert sizes.entropy_bytes([array.ravel()], [alphabet]) == pytest.approx(bound)
+    words = length("range", array, alphabet) - table(array, alphabet)
+    assert bound - 1 <= words <= 1.005 * bound + 8
+
+
+def shortest_prefix_code(counts):
+    """Bits of the best prefix code, by trying all code lengths that satisfy Kraft's inequality."""
+    lengths = itertools.product(range(1, max(len(counts), 2)), repeat=len(counts))
+    return min(
+        sum(c * n for c, n in zip(counts, ls)) for ls in lengths if sum(2.0**-n for n in ls) <= 1
+    )
+
+
+def merged(counts):
+    """Bits of Huffman's code: what merging the two rarest until one is left adds up to."""
+    heap, bits = [int(c) for c in counts], 0
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        pair = heapq.heappop(heap) + heapq.heappop(heap)
+        bits += pair
+        heapq.heappush(heap, pair)
+    return bits
+
+
+def huffman_words(array, alphabet):
+    return (length("Huffman", array, alphabet) - table(array, alphabet)) / 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 200), min_size=2, max_size=5).filter(any))
+def test_huffman_is_the_shortest_of_all_prefix_codes(counts):
+    array = np.repeat(np.arange(len(counts)), counts)
+    alphabet = Alphabet((sum(counts),), len(counts), 0)
+    assert huffman_words(array, alphabet) == math.ceil(shortest_prefix_code(counts) / 32)
+    assert merged(counts) == shortest_prefix_code(counts)
+
+
+@pytest.mark.parametrize("n_levels", [17, 257])
+def test_huffman_with_many_levels(n_levels):
+    array, alphabet = skewed(0, (64, 32, 3, 3), n_levels, 3)
+    counts = np.bincount(array.ravel(), minlength=n_levels)
+    assert huffman_words(array, alphabet) == math.ceil(merged(counts) / 32)
+
+
+def test_xz_is_that_of_the_packed_symbols():
+    array, alphabet = skewed(0, (32, 16, 3, 3), 3, 1)
+    packed = coders.encode("packed", [array], [alphabet])
+    with_preset = lzma.compress(packed, preset=9 | lzma.PRESET_EXTREME)
+    assert length("fixed width, then xz", array, alphabet) == len(with_preset)
+
+
+# ---------------------------------------------------------------- a net's methods
+
+
+def test_entropy_bound_is_counted_from_the_weights():
+    """The same from nothing but the net's tensors."""
+    net, bits = load("lab3c_4bit").eval(), 0
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, (FP_Conv, FP_Linear))}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            weight = layer.quantized_weight()
+            levels, counts = weight.unique(return_counts=True)
+            bits += 32 * (len(levels) if name.startswith("body_op") else weight.numel())
+            if name.startswith("body_op"):
+                bits += float((counts * (counts.sum() / counts).log2()).sum())
+    norms = (m.num_features for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    floats = 10 + 2 * sum(norms)
+    assert sizes.entropy_bound(net) == pytest.approx(bits / 8 + 4 * floats, abs=1)
+
+
+def test_methods_are_files_and_what_stands_in_their_place():
+    net = make_net(Nbits=3, symmetric=True, quantizer=Learned).eval()
+    net.body_op[0].conv1[0].conv.weight.data.zero_()  # a tensor with nothing to tell
+    costs = sizes.methods(net)
+    assert costs.keys() == sizes.FILES.keys() | sizes.SYMBOLS.keys()
+    for method, how in sizes.FILES.items():
+        assert costs[method].size == len(compress(net, *how))
+    symbols = describe(compress(net, "packed"))[0]["symbols"]
+    saved = costs["fixed width"].size - costs["range"].size
+    assert 0 < saved < symbols
+    assert costs["range"].size > sizes.entropy_bound(net) > 0
+    assert all(min(cost.compress, cost.decompress) > 0 for cost in costs.values())
+
+
+def test_a_coder_that_loses_symbols_is_noticed(monkeypatch):
+    encoder, decoder = sizes.SYMBOLS["range"]
+    lossy = {"range": (lambda arrays, a: encoder([0 * array for array in arrays], a), decoder)}
+    monkeypatch.setattr(sizes, "SYMBOLS", lossy)
+    with pytest.raises(RuntimeError, match="range must give the symbols back"):
+        sizes.methods(make_net(Nbits=3))
+
+
+# ---------------------------------------------------------------- the table and the figure
+
+
+def test_the_table_has_every_shipped_run_and_method():
+    written = sizes.read_sizes()
+    shipped = {name for name, run in RUNS.items() if not run.held_out and read_record(name)}
+    assert written.keys() == shipped and len(shipped) > 15
+    for run, files in written.items():
+        assert files.keys() == sizes.FILES.keys() | sizes.SYMBOLS.keys()
+        recorded = read_record(run)["test_accuracy"]
+        for method, (size, accuracy) in files.items():
+            rounded = method == sizes.SMALLEST
+            assert abs(accuracy - recorded) < (0.02 if rounded else 6e-5), (run, method)
+            assert 10_000 < size < 1_200_000
+
+
+@pytest.mark.parametrize("run", [RUN, "lab2e_global"])
+def test_the_table_has_the_lengths_of_the_files(run):
+    files = sizes.read_sizes()[run]
+    for method, how in sizes.FILES.items():
+        assert files[method][0] == len(compress(load(run), *how))
+
+
+def test_the_figure_shows_the_smallest_file_of_each_run_and_what_others_report():
+    written, ax = sizes.read_sizes(), plt.figure().add_subplot()
+    sizes.plot(written, ax)
+    shown = {(x, round(y, 2)) for line in ax.lines for x, y in zip(*line.get_data())}
+    for files in written.values():
+        size, accuracy = files[sizes.SMALLEST]
+        assert (size, round(100 * accuracy, 2)) in shown
+    assert (44_000, 90.76) in shown
+    plt.close("all")
+
+
+def test_the_figure_that_is_shipped_is_a_picture():
+    assert sizes.FIGURE.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "benchmarks/frontier.png" in (REPOSITORY / "README.md").read_text()
+
+
+def test_the_command_writes_both(monkeypatch, tmp_path):
+    monkeypatch.setattr(sizes, "CSV", tmp_path / "sizes.csv")
+    monkeypatch.setattr(sizes, "FIGURE", tmp_path / "frontier.png")
+    few = {name: RUNS[name] for name in ("pretrain", "lab3c_4bit")}
+    monkeypatch.setattr(sizes, "RUNS", few)
+    monkeypatch.setattr(sizes, "evaluate", lambda net: (0.0, 0.8765))
+    assert sizes.main() == 0
+    rows = (tmp_path / "sizes.csv").read_text().splitlines()
+    assert rows[0] == "run,method,bytes,accuracy" and len(rows) == 1 + 2 * 7
+    recorded = sizes.read_sizes(tmp_path / "sizes.csv")["lab3c_4bit"]
+    assert recorded["context, 8-bit floats"][1] == 0.8765
+    assert recorded["context"] == (len(compress(load("lab3c_4bit"))),
+                                   round(read_record("lab3c_4bit")["test_accuracy"], 4))
+    assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---------------------------------------------------------------- without constriction
+
+WITHOUT = """
+import sys
+sys.modules["constriction"] = None  # import raises ImportError
+from model_file.__main__ import main
+print([main(command) for command in {commands!r}])
+"""
+
+
+def test_without_constriction_its_coder_says_so_and_the_others_work(tmp_path):
+    shipped, packed = REPOSITORY / "checkpoints" / f"{RUN}.rnpq", tmp_path / "packed"
+    commands = [["pack", RUN, tmp_path / "a"], ["unpack", shipped, tmp_path / "a"],
+                ["pack", RUN, packed, "--coder", "packed"], ["info", packed],
+                ["unpack", packed, tmp_path / "net.pt"]]
+    script = WITHOUT.format(commands=[list(map(str, command)) for command in commands])
+    process = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True,
+                             text=True, check=True)
+    assert process.stdout.splitlines()[-1] == "[1, 1, 0, 0, 0]" and not (tmp_path / "a").exists()
+    assert process.stderr == 2 * ("error: coder 'context' needs the package constriction, which "
+                                  "is not installed; coder 'packed' does without\n")
+    assert packed.read_bytes() == compress(load(RUN), "packed")
+    assert main(["unpack", str(packed), str(tmp_path / "same.pt")]) == 0
+    a, b = (torch.load(tmp_path / name, weights_only=True) for name in ("net.pt", "same.pt"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
