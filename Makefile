@@ -2,7 +2,7 @@
 # make test     unit tests, and nbval over the notebooks      make check     unit tests alone
 # make notebooks   refresh the stored outputs                 make train     train everything from nothing (RUN=name: one run)
 # make handin   the three files to hand in                    make bench     speed against the assigned pipeline
-# make sizes    every network as a file, by every method: benchmarks/sizes.csv and the figure in README
+# make results  README's table and figure, from the records and from every network as a file
 # make lint     style, and known flaws of what is installed   make lock      exact versions from requirements.txt
 # make clean    remove what was built; make distclean, the environment and the data too
 
@@ -17,7 +17,7 @@ RUN ?= all
 # back to the kernel each time, training on a CPU is about a fifth faster, evaluation two fifths; results are the same.
 ALLOCATOR := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 MALLOC_TOP_PAD_=268435456 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-.PHONY: report handin test check lint bench sizes notebooks train data environment lock clean distclean
+.PHONY: report handin test check lint bench results notebooks train data environment lock clean distclean
 .DEFAULT_GOAL := report
 export STUDENT NETID
 
@@ -73,7 +73,8 @@ bench: environment data
 	$(ALLOCATOR) $(BIN)/python -m benchmarks.throughput --write README.md
 	$(ALLOCATOR) $(BIN)/python -m benchmarks.precision --write README.md
 
-sizes: environment data
+results: environment data
+	$(BIN)/python -m experiments.results --write README.md
 	$(ALLOCATOR) $(BIN)/python -m benchmarks.sizes
 
 clean:
