@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
+import IPython.display
 import matplotlib
 import nbformat
 import numpy as np
@@ -31,12 +32,16 @@ def read():
 @pytest.fixture(scope="module")
 def lab():
     """Run the notebook's code cells once, its asserts included; return everything that they define.
+
+    `answers` are the texts of its answers, in order.
     """
     backend = matplotlib.get_backend()
     matplotlib.use("Agg")
-    names = {}
+    names = {"answers": []}
+    place = SimpleNamespace(update=lambda text: names["answers"].append(text.data))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
+        patch.setattr(IPython.display, "display", lambda *_, **__: place)
         for cell in read().cells:
             if cell.cell_type == "code":
                 exec(compile(cell.source, f"cell {cell.id}", "exec"), names)
@@ -225,6 +230,19 @@ def test_stored_notebook_was_run_from_top_to_bottom():
             for output in cell.outputs
         ), cell.id
         assert str(ROOT) not in str(cell.outputs)
+
+
+def test_stored_answers_are_those_of_a_run_and_hold_the_right_numbers(lab):
+    stored = [cell.outputs[0].data["text/markdown"] for cell in read().cells
+              if cell.cell_type == "code" and cell.source == "answer = open_answer()"]
+    assert stored == lab.answers and len(stored) == 5
+    smallest = np.abs(np.linalg.pinv(lab.X) @ lab.y).min()
+    assert f"magnitude {smallest:.5f}" in stored[0]
+    assert "[0, -3, 0, 0, 1]" in stored[1] and f"loss {2 / 7:.4f}" in stored[1]
+    for run in lab.subgradient.values():
+        assert f"{np.sum((lab.X @ run[-1] - lab.y) ** 2):.4f}" in stored[2]
+    assert "[0, -2.8, 0, 0, 0.8333]" in stored[3] and f"{11 / 120 * 2**2:.4f}" in stored[3]
+    assert "76, 39, 16 and 8" in stored[4] and "84, 43, 16 and 6" in stored[4]
 
 
 def test_questions_and_points_are_the_assignments():
