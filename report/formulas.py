@@ -37,11 +37,14 @@ MACRO = re.compile(
     rf"\{{?\s*(\\(?:[A-Za-z]+|.))\s*\}}?\s*(?:\[\d\]\s*)?(?:\[[^\]]*\]\s*)?{BRACED}"
     rf"|\\def\s*(\\(?:[A-Za-z]+|.))((?:#\d)*)\s*({BRACED})", re.DOTALL)
 
+# pandoc hands text in one of TeX's classes on without quotes: \mathop{\text{alpha}} would be α.
+CLASSES = re.compile(r"\\math(?:op|bin|rel|ord|open|close|punct|inner)\s*\{\s*(?=\\(?:text|mbox))")
+
 
 def define_macros(trees, pieces):
     """Let \\newcommand in one formula serve all later ones of its notebook, as MathJax does.
 
-    trees: of the pieces, changed in place.
+    trees: of the pieces, changed in place; their operators' names become \\operatorname.
     """
     macros = {}  # notebook: {name: definition}
 
@@ -55,7 +58,7 @@ def define_macros(trees, pieces):
 
     def visit(node):
         if isinstance(node, dict) and node.get("t") == "Math":
-            rest = MACRO.sub(define, node["c"][1])
+            rest = MACRO.sub(define, CLASSES.sub(r"\\operatorname{", node["c"][1]))
             node["c"][1] = "".join(known.values()) + rest
             if not rest.strip():
                 node.update(t="Str", c="")

@@ -706,6 +706,15 @@ def test_words_in_formulas_are_never_code(read, source):
     assert "before" in page and "after" in page
 
 
+@pytest.mark.parametrize("source, shown", [
+    (r"\mathop{\text{alpha}}_x", "before alpha𝑥 after"),
+    (r"\mathrel{ \mbox{pi.title}}", "before pi.title after"),
+    (r"\mathop{\text{sum}}\limits_k \alpha", "before sum𝑘𝛼 after")])
+def test_a_name_that_mathematics_defines_is_a_name_in_text(read, source, shown):
+    reader = read([new_markdown_cell(f"# T\n\nbefore ${source}$ after")])
+    assert flat(shown) in flat(text_of(reader))
+
+
 @pytest.mark.parametrize("source", [
     "a <b> c", "a </b> c", "a <sub>b *c</sub> d* e", "| a <b> | c |\n|--|--|\n| </u> d | e |",
     "## <i> head (3 points)", "[link <b>](https://example.org) d"])
