@@ -45,10 +45,9 @@ class ByteReader:
 
     def take(self, n):
         """Return the next n bytes."""
-        left = len(self.data) - self.position
-        if n > left:
+        if n > len(self.data) - self.position:
             raise CompressionError(f"{self.what} must go on for {n} bytes after byte "
-                                   f"{self.position}, got {left}")
+                                   f"{self.position}, got {len(self.data) - self.position}")
         self.position += n
         return self.data[self.position - n:self.position]
 

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import onnx
 import onnxruntime
 import torch
-from onnxruntime import quantization
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnxruntime.quantization import QuantFormat, QuantType, quant_pre_process, quantize_static
 
 from training.batches import normalize
 from training.inference import for_evaluation
+
 
 def export_onnx(net):
     """Return `net`, on any device, as the bytes of an ONNX file that computes what it evaluates.
@@ -20,11 +22,11 @@ def export_onnx(net):
     normalized, (N, 3, 32, 32) for any N, the output "logits" (N, classes). `net` is not changed.
     """
     twin = for_evaluation(copy.deepcopy(net).cpu().eval())
-    model = torch.onnx.export(
+    program = torch.onnx.export(
         twin, (torch.zeros(2, 3, 32, 32),), input_names=["images"], output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, verbose=False).model_proto
-    for node in model.graph.node:
-        del node.metadata_props[:]  # where in the source it comes from
+        dynamic_shapes=({0: torch.export.Dim("batch")},), dynamo=True, verbose=False)
+    ClearMetadataAndDocStringPass()(program.model)  # in which lines of whose files it began
+    model = program.model_proto
     onnx.checker.check_model(model)
     return model.SerializeToString()
 
@@ -46,11 +48,9 @@ def quantize_int8(model, images):
     with tempfile.TemporaryDirectory() as folder:
         source, prepared, result = (Path(folder, name) for name in ("a", "b", "c"))
         source.write_bytes(model)
-        quantization.quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        quantization.quantize_static(
-            prepared, result, reader, quant_format=quantization.QuantFormat.QDQ,
-            per_channel=True, weight_type=quantization.QuantType.QInt8,
-            activation_type=quantization.QuantType.QUInt8)
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quantize_static(prepared, result, reader, quant_format=QuantFormat.QDQ, per_channel=True,
+                        weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8)
         return result.read_bytes()
 
 

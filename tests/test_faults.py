@@ -593,7 +593,6 @@ def watch(event, arguments):
     elif event in ("os.mkdir", "os.remove", "os.rename", "subprocess.Popen", "socket.connect"):
         seen.append(f"{event} {arguments[:1]}")
 
-@pytest.mark.slow
 import ctypes, ctypes.util, platform, uuid
 import PIL.Image, IPython, matplotlib.pyplot, nbclient, nbformat, numpy.testing, pypandoc, typst
 import torch, torchvision
@@ -608,6 +607,9 @@ assert not torch.cuda.is_initialized()
 assert torch.initial_seed() == torch.default_generator.initial_seed()
 assert seen == [], seen
 """
+
+
+@pytest.mark.slow
 def test_importing_a_module_does_no_work(tmp_path):
     """Nothing is read that is ours, nothing is written, started or connected to, no GPU is touched.
     """
