@@ -193,6 +193,7 @@ def test_a_file_of_another_kind_is_not_unpacked(model, tmp_path, capsys):
     assert not (tmp_path / "net.pt").exists()
 
 
+@pytest.mark.slow
 def test_other_commands_do_without_onnx(tmp_path):
     code = ("import sys; sys.modules['onnx'] = sys.modules['onnxruntime'] = None\n"
             "from model_file.__main__ import main\n"
@@ -216,6 +217,7 @@ main({arguments!r})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 @pytest.mark.parametrize("command", ["pack", "export"])
 def test_killed_while_it_writes_there_is_no_half_file(command, function, tmp_path, monkeypatch):
@@ -242,6 +244,7 @@ sys.exit(main(["export", {run!r}, {out!r}]))
 """
 
 
+@pytest.mark.slow
 def test_two_exports_at_once_leave_one_whole_file(tmp_path):
     out = tmp_path / "net.onnx"
     script, pipe = TWO.format(run=RUN, out=str(out)), subprocess.PIPE

@@ -891,6 +891,7 @@ def own(request, tmp_path_factory):
     return request.param, PdfReader(out)
 
 
+@pytest.mark.slow
 def test_own_figures_have_captions_and_alternative_texts(own):
     document, reader = own
     expected = []
@@ -906,6 +907,7 @@ def test_own_figures_have_captions_and_alternative_texts(own):
     assert numbers == list(range(1, len(expected) + 1))
 
 
+@pytest.mark.slow
 def test_own_pages_are_filled(own):
     """Each is at least half full, but for a section's last, and none ends with a heading."""
     document, reader = own
@@ -920,6 +922,7 @@ def test_own_pages_are_filled(own):
         assert lowest < y or size not in (11, 13), number + 1
 
 
+@pytest.mark.slow
 def test_own_text_has_no_character_that_a_reader_cannot_see(own):
     assert not re.search("[\u200b-\u200d\u2060\ufeff]", text_of(own[1]))
     assert missing_glyphs(own[1]) == 0

@@ -214,6 +214,7 @@ print([main(command) for command in {commands!r}])
 """
 
 
+@pytest.mark.slow
 def test_without_constriction_its_coder_says_so_and_the_others_work(tmp_path):
     shipped, packed = REPOSITORY / "checkpoints" / f"{RUN}.rnpq", tmp_path / "packed"
     commands = [["pack", RUN, tmp_path / "a"], ["unpack", shipped, tmp_path / "a"],

@@ -92,6 +92,7 @@ def start_method():
     return multiprocessing.get_start_method()
 
 
+@pytest.mark.slow
 def test_the_assigned_workers_start_as_in_a_process_of_the_readers_own(process):
     """Else each of its evaluations would wait for workers that import PyTorch anew."""
     assert process.pool.submit(start_method).result() == multiprocessing.get_start_method()
