@@ -20,7 +20,7 @@ import typst
 from files import atomic_write
 from report.cells import PICTURES, ReportError, clean, described, read_cells, shown, tags
 from report.formulas import quote_words
-from report.markup import Piece, literal, pandoc, parse, raw
+from report.markup import Piece, Refusal, literal, pandoc, parse, raw
 
 __all__ = ["DOCUMENTS", "ReportError", "export", "typeset"]
 
@@ -141,40 +141,54 @@ def typeset(document, source, student="", netid="", date=None):
         pieces.append(Piece("typst", "#pagebreak(weak: true)", str(path)))
         for number, cell in part_of(read_cells(path), document):
             pieces += pieces_of(cell, f"{path}, cell {number}", figures, path.parent)
-    page, blocks = contents(parse(pieces, figures))
-    tree = {"pandoc-api-version": [1, 23], "meta": {}, "blocks": page + blocks}
     inputs = {"title": title, "student": clean(student).strip(), "netid": clean(netid).strip(),
               "date": f"date = {date:%Y-%m-%d}"}
+    options = {"sys_inputs": inputs, "timestamp": int(date.timestamp())}
+    try:
+        return _compile(pieces, figures, options)
+    except Refusal as refusal:
+        raise _placed(refusal, pieces, figures, options) from refusal
+
+
+def _compile(pieces, figures, options):
+    """Return the PDF of `pieces`, of the archival kind. Raises Refusal."""
+    figures = list(figures)
+    page, blocks = contents(parse(pieces, figures))
+    tree = {"pandoc-api-version": [1, 23], "meta": {}, "blocks": page + blocks}
+    body = quote_words(pandoc(json.dumps(tree), "json", "typst"))
     with tempfile.TemporaryDirectory() as folder:
         for number, (ending, picture) in enumerate(figures):
             Path(folder, f"{number}.{ending}").write_bytes(picture)
         main_file = Path(folder, "report.typ")
-        body = quote_words(pandoc(json.dumps(tree), "json", "typst"))
         main_file.write_text(STYLE.read_text(encoding="utf-8") + body, encoding="utf-8")
-        texts = [("STUDENT", inputs["student"]), ("NETID", inputs["netid"]),
-                 *((piece.where, piece.text) for piece in pieces)]
-        return _compile(main_file, texts, sys_inputs=inputs, timestamp=int(date.timestamp()))
-
-
-def _compile(main_file, texts, **options):
-    """Return the PDF of a Typst file, of the archival kind, in which no character may be missing.
-
-    The fonts of the system, and those of Windows around WSL, are asked only for characters that
-    the typst package has not. texts: [(where, text)] to name the place of one that none has.
-    """
-    options.update(root=main_file.parent, pdf_standards=["a-2b"])
-    windows = [path for path in ["/mnt/c/Windows/Fonts"] if Path(path).is_dir()]
-    for fonts in ({"ignore_system_fonts": True}, {"font_paths": windows}):
-        try:
-            return typst.compile(main_file, **fonts, **options)
-        except typst.TypstError as error:
-            missing = MISSING.search(error.diagnostic)
-            if not missing:
-                raise ReportError(f"Typst refused the report: {error.diagnostic}") from error
+        # The fonts of the system, and those of Windows around WSL, are asked only for characters
+        # that the typst package has not. None may be missing.
+        windows = [path for path in ["/mnt/c/Windows/Fonts"] if Path(path).is_dir()]
+        for fonts in ({"ignore_system_fonts": True}, {"font_paths": windows}):
+            try:
+                return typst.compile(main_file, root=folder, pdf_standards=["a-2b"], **fonts,
+                                     **options)
+            except typst.TypstError as error:
+                missing = MISSING.search(error.diagnostic)
+                if not missing:
+                    raise Refusal(f"Typst refused it: {error.diagnostic}") from error
     character = re.sub(r"\\u\{(\w+)\}", lambda code: chr(int(code[1], 16)), missing[1])[0]
-    where = next((where for where, text in texts if character in text), "the report")
-    raise ReportError(f"{where} has {character!r}, which no font here can draw: install one that "
-                      "can, as fonts-noto-cjk for Chinese and Korean, or write it otherwise")
+    raise Refusal(f"no font here can draw {character!r}: install one that can, as fonts-noto-cjk "
+                  "for Chinese and Korean, or write it otherwise")
+
+
+def _placed(refusal, pieces, figures, options):
+    """Return the ReportError of the first piece without which the document is not refused."""
+    good, bad = -1, len(pieces)  # how many of the first pieces; -1: not even the cover
+    while bad - good > 1:
+        half = (good + bad) // 2
+        try:
+            _compile(pieces[:half], figures, options)
+            good = half
+        except Refusal as error:
+            bad, refusal = half, error
+    where = pieces[bad - 1].where if bad else "STUDENT or NETID, on the cover"
+    return ReportError(f"{where}: {refusal}")
 
 
 def export(document, source, out, **cover):

@@ -15,7 +15,11 @@ import pypandoc
 from report.cells import PICTURES, ReportError, clean
 from report.formulas import define_macros, mark_dollars
 
-__all__ = ["Piece", "literal", "pandoc", "parse", "raw"]
+__all__ = ["Piece", "Refusal", "literal", "pandoc", "parse", "raw"]
+
+
+class Refusal(ReportError):
+    """pandoc or Typst cannot read it, and does not say which cell it is in."""
 
 
 class Piece(NamedTuple):
@@ -43,24 +47,23 @@ def raw(kind, text):
 
 
 def pandoc(text, source, target):
-    """Return text converted. Raises ReportError even on a warning, as for an unreadable formula."""
+    """Return text converted. Raises Refusal even on a warning, as for an unreadable formula."""
     # With many columns, tables get no widths of pandoc's.
     arguments = ["--wrap=none", "--columns=100000", "--fail-if-warnings"]
     try:
         return pypandoc.convert_text(text, target, source, extra_args=arguments)
     except RuntimeError as error:
-        raise ReportError(f"pandoc refused it, mend it in the notebook: {error}") from error
+        raise Refusal(f"pandoc refused it, mend it in the notebook: {error}") from error
 
 
 def parse(pieces, figures):
     """Return the pieces as pandoc blocks; adds pictures, (ending, bytes), to `figures`.
 
-    Raises ReportError, naming the piece, for what cannot be read or would be lost.
+    Raises ReportError, naming the piece, for what would be lost, and Refusal.
     """
     markdown = [piece for piece in pieces if piece.form == "markdown"]
-    trees = _all_or_named(_read_markdown, markdown, markdown)
+    trees = _read_markdown(markdown)
     define_macros(trees, markdown)
-    _all_or_named(_write, trees, markdown)
     trees, blocks = iter(trees), []
     for piece in pieces:
         if piece.form == "typst":
@@ -75,25 +78,6 @@ def parse(pieces, figures):
                                          raw("Inline", "]")]}]
         blocks += tree
     return blocks
-
-
-def _all_or_named(convert, items, pieces):
-    """Return convert(items). Raises ReportError, naming the first piece whose item it refuses."""
-    try:
-        return convert(items)
-    except ReportError:
-        for item, piece in zip(items, pieces):
-            try:
-                convert([item])
-            except ReportError as error:
-                raise ReportError(f"{piece.where}: {error}") from error
-        raise
-
-
-def _write(trees):
-    blocks = [block for tree in trees for block in tree]
-    return pandoc(json.dumps({"pandoc-api-version": [1, 23], "meta": {}, "blocks": blocks}),
-                  "json", "typst")
 
 
 def _read_markdown(pieces):

@@ -507,6 +507,26 @@ def test_unfit_cells_are_refused_by_name(write, refused, cell, message):
     refused(write([], [new_markdown_cell("# T"), cell]), rf"lab1_sparse_linear\.ipynb, {message}")
 
 
+def unreadable(form):
+    """A cell that only Typst refuses."""
+    if form == "depth":
+        return new_markdown_cell(">" * 80 + " deep")
+    buffer = io.BytesIO()
+    Image.new("CMYK" if form == "CMYK" else "RGB", (90, 60)).save(buffer, "jpeg")
+    data = base64.b64encode(buffer.getvalue()[:None if form == "CMYK" else 99]).decode()
+    if form == "in Markdown":
+        return new_markdown_cell(f"![x](data:image/jpeg;base64,{data})")
+    return code("plot()", display(image_jpeg=data))
+
+
+@pytest.mark.parametrize("form", ["CMYK", "cut off", "in Markdown", "depth"])
+@pytest.mark.parametrize("before", range(4))
+def test_what_typst_cannot_read_is_refused_by_name(write, refused, form, before):
+    cells = [new_markdown_cell("# T"), *(code("plot()", figure()) for _ in range(before)),
+             unreadable(form), code("plot()", figure()), new_markdown_cell("$\\nosuchmacro$")]
+    refused(write([], cells), rf"lab1_sparse_linear\.ipynb, cell {before + 2}: Typst refused it")
+
+
 def test_unreadable_formula_is_refused(write, refused):
     refused(
         write([new_markdown_cell(r"# T" + "\n\n" + r"$\nosuchmacro{x}$")]), r"\\nosuchmacro\{x\}"
@@ -799,14 +819,18 @@ def test_names_in_any_script_are_drawn_if_the_system_can(read, system_fonts):
 
 @pytest.mark.parametrize("where, character", [("STUDENT", "李"), ("NETID", "\u0600"),
                                               (r"hw4\.ipynb, cell 2", "🦊"),
-                                              (r"hw4\.ipynb, cell 3", "김")])
+                                              (r"hw4\.ipynb, cell 3", "김"),
+                                              (r"hw4\.ipynb, cell 4", "明")])
 def test_a_character_that_no_font_has_is_named(write, system_fonts, tmp_path, where, character):
     system_fonts("")
     has = {place: character if place in where else "" for place in
-           ("STUDENT", "NETID", "cell 2", "cell 3")}
+           ("STUDENT", "NETID", "cell 2", "cell 3", "cell 4")}
+    drawing = ('<svg xmlns="http://www.w3.org/2000/svg" width="90" height="60">'
+               f'<text x="9" y="20">fox {has["cell 4"]}</text></svg>')
     folder = write([], [], [new_markdown_cell("# T"), new_markdown_cell("fox " + has["cell 2"]),
-                            code("x", stdout(has["cell 3"]))])
-    with pytest.raises(ReportError, match=f"{where} has '.+', which no font") as error:
+                            code("x", stdout(has["cell 3"])),
+                            code("x", display(**{"image_svg+xml": drawing}))])
+    with pytest.raises(ReportError, match=f"{where}.*: no font here can draw '.+'") as error:
         export("report.pdf", folder, tmp_path / "report.pdf", student="A" + has["STUDENT"],
                netid="b" + has["NETID"])
     assert repr(character) in str(error.value)
