@@ -1,6 +1,8 @@
-"""Execute notebooks from top to bottom, with a bar over the cells of each."""
+"""Execute notebooks from top to bottom, several at once, with a bar over the cells of each."""
 
 import argparse
+import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -10,30 +12,53 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
 from files import atomic_write
-from report.cells import clean
+from report.cells import ReportError, clean
 
 __all__ = ["execute"]
 
 
-def execute(path, out):
-    """Execute the notebook `path`, in its folder, and write it with its outputs to `out`.
+def execute(paths, out=None, jobs=None):
+    """Execute notebooks, each in its folder, and write them with their outputs to the folder `out`.
 
-    Uses the kernel of the running Python, whatever kernel the notebook names. Raises
-    CellExecutionError with the cell and its error; `out` is untouched then.
+    out: None, in place. jobs: how many at once; None, as many as there are cores. The cores are
+    shared out, unless OMP_NUM_THREADS is set. Uses the kernel of the running Python, whatever
+    kernel a notebook names. At the first notebook that fails the others are stopped: raises
+    ReportError with the notebook, the cell and its error; what was not finished is untouched.
     """
-    notebook = nbformat.read(path, as_version=4)
-    cells = sum(cell.cell_type == "code" for cell in notebook.cells)
-    with tqdm(total=cells, desc=Path(path).name, unit="cell") as bar:
-        client = NotebookClient(
-            notebook, timeout=None, kernel_name="python3", record_timing=False,
-            resources={"metadata": {"path": str(Path(path).resolve().parent)}},
-            extra_arguments=["--IPKernelApp.log_level=40"],
-            on_cell_executed=lambda **_: bar.update())
-        client.execute()
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-    with atomic_write(out) as file:
-        file.write((nbformat.writes(notebook) + "\n").encode())
+    jobs = min(jobs or os.cpu_count(), len(paths))
+    env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs)), **os.environ}
+
+    async def all_of_them():
+        free = asyncio.Semaphore(jobs)
+
+        async def one(path):
+            async with free:
+                await _execute(path, path if out is None else Path(out) / path.name, env)
+
+        await asyncio.gather(*(one(Path(path)) for path in paths))
+
+    asyncio.run(all_of_them())
+
+
+async def _execute(path, out, env):
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        cells = sum(cell.cell_type == "code" for cell in notebook.cells)
+        with tqdm(total=cells, desc=path.name, unit="cell") as bar:
+            client = NotebookClient(
+                notebook, timeout=None, kernel_name="python3", record_timing=False,
+                resources={"metadata": {"path": str(path.resolve().parent)}},
+                extra_arguments=["--IPKernelApp.log_level=40"],
+                on_cell_executed=lambda **_: bar.update())
+            await client.async_execute(env=env)
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)
+        with atomic_write(out) as file:
+            file.write((nbformat.writes(notebook) + "\n").encode())
+    except CellExecutionError as error:
+        raise ReportError(f"{path}: {clean(str(error))}") from error
+    except (DeadKernelError, OSError, ValueError) as error:
+        raise ReportError(f"{path} cannot be executed: {error}") from error
 
 
 def main(arguments=None):
@@ -42,16 +67,16 @@ def main(arguments=None):
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="where the executed notebooks go (default: in place)")
+    parser.add_argument("--jobs", type=int, metavar="N",
+                        help="how many at once (default: as many as there are cores)")
     options = parser.parse_args(arguments)
-    for path in options.notebooks:
-        try:
-            execute(path, path if options.out is None else options.out / path.name)
-        except CellExecutionError as error:
-            print(f"error: {path}: {clean(str(error))}", file=sys.stderr)
-            return 1
-        except (DeadKernelError, OSError, ValueError) as error:
-            print(f"error: {path} cannot be executed: {error}", file=sys.stderr)
-            return 1
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    try:
+        execute(options.notebooks, options.out, options.jobs)
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
