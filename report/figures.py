@@ -77,7 +77,7 @@ def show_source(*objects):
         display(Markdown(f"```python\n{source}\n```"))
 
 
-# ---------------------------------------------------------------- Lab 1
+# ---------------------------------------------------------------- section 1
 
 
 def plot_loss(losses, ax):
@@ -93,9 +93,6 @@ def plot_loss(losses, ax):
     if len(losses) > 1:
         ax.legend(fontsize=8, handlelength=3)
     return ax
-
-
-# ---------------------------------------------------------------- true/false
 
 
 def _draw_float(ax, y):

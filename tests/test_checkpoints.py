@@ -176,6 +176,12 @@ def test_weights_come_back_as_they_were_saved(net, tmp_path):
     assert same(torch.load(tmp_path / "new" / "net.pt", weights_only=True), net.state_dict())
 
 
+def test_tensors_are_saved_in_the_usual_order_however_they_lie_in_memory(net, tmp_path):
+    save_weights(net.to(memory_format=torch.channels_last), tmp_path / "net.pt")
+    state = torch.load(tmp_path / "net.pt", weights_only=True)
+    assert all(tensor.is_contiguous() for tensor in state.values())
+
+
 def test_a_state_dict_saved_by_plain_torch_is_taken(net, tmp_path):
     torch.save(net.state_dict(), tmp_path / "net.pt")
     assert same(
