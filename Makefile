@@ -17,7 +17,7 @@ RUN ?= all
 # back to the kernel each time, training on a CPU is about a fifth faster, evaluation two fifths; results are the same.
 ALLOCATOR := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=68719476736 MALLOC_TOP_PAD_=268435456 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-# Retrained runs are shared, so the notebooks wait for each other.
+# Notebooks that retrain write the same files, so they go one after the other.
 EXECUTE = $(ALLOCATOR) $(BIN)/python -m report.execute $(if $(RETRAIN),--jobs 1)
 
 .PHONY: report handin test check lint bench results notebooks train data environment lock clean distclean
