@@ -97,8 +97,6 @@ FLOAT_PARTS = (  # name, what, recipe, with a teacher
     ("distill", "Muon, distillation at temperature 4", replace(MUON, **DISTILLED)),
 )
 TWO_BIT_PARTS = (("sgd", "SGD, distillation at temperature 1", IMPROVED),
-                 ("plain", "SGD, no distillation", replace(IMPROVED, distill=0.0)),
-                 ("warm", "SGD, distillation at temperature 2", replace(IMPROVED, temperature=2.0)),
                  ("muon", "Muon, distillation at temperature 1",
                   replace(IMPROVED, optimizer="muon", muon_lr=0.01, lr=0.02)))
 
@@ -142,8 +140,10 @@ def _earlier_ablation_runs():
 
 
 RUNS = {run.name: run for run in (
-    Run("pretrain", "Lab 2 (a): the float model, from scratch", start_from=None, keep="last",
+    Run("teacher", "the teacher of the float model", start_from=None, keep="last",
         recipe=replace(SGD, epochs=50)),
+    Run("pretrain", "Lab 2 (a): the float model, from scratch", start_from=None, keep="last",
+        recipe=replace(MUON, epochs=100, **DISTILLED), teacher="teacher"),
     *_assigned_runs(),
     *_improved_runs(),
     *_earlier_ablation_runs(),
