@@ -48,14 +48,13 @@ def rows(names=tuple(REFERENCE)):
     """Return a row of cells (see HEADER) for each run in `names`."""
     table = []
     for name in names:
-        best, last = accuracies(name, "best"), accuracies(name, "last")
-        best_shown = shown(best)
-        if get(name).keep == "last":  # no epoch was chosen on the test set
-            best_shown = "" if best else NOT_YET
-        improved = f"{name}_improved"
-        table.append([get(name).question, f"{100 * REFERENCE[name]:.2f}", best_shown,
-                      shown(last) if last else "",
-                      shown(accuracies(improved, "last")) if improved in RUNS else ""])
+        best, last, improved = accuracies(name, "best"), accuracies(name, "last"), ""
+        if f"{name}_improved" in RUNS:
+            improved = shown(accuracies(f"{name}_improved", "last"))
+        cells = [shown(best), shown(last) if last else "", improved]
+        if get(name).keep == "last":  # the float model's recipe is ours: no epoch was chosen
+            cells = ["", "", shown(last)]
+        table.append([get(name).question, f"{100 * REFERENCE[name]:.2f}", *cells])
     return table
 
 
