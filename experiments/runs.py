@@ -80,9 +80,12 @@ def _improved_runs():
                   symmetric=n == 2,
                   quantizer="learned",
                   **improved)
-    yield Run("lab3d_2bit_smallest", "88 % pruned and 2-bit weights, for the smallest file",
-              start_from="lab3d_2bit_improved", Nbits=2, symmetric=True, quantizer="learned",
-              pruning=Pruning("global", 88.0, epochs=10), **improved)
+    parent = "lab3d_2bit_improved"
+    for q in (80, 84, 87):  # for the smallest files: each prunes the last one further, at once
+        yield Run(f"lab3d_2bit_{q}", f"{q} % pruned and 2-bit weights, improved",
+                  start_from=parent, Nbits=2, symmetric=True, quantizer="learned",
+                  pruning=Pruning("global", float(q)), **improved)
+        parent = f"lab3d_2bit_{q}"
 
 
 # What the parts of a recipe are worth: trained on 45,000 of the training images, tested on the

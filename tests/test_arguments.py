@@ -158,7 +158,7 @@ CASES = [
     ("num_layers", ResNetCIFAR, "num_layers",
      st.one_of(no_integer, st.integers(max_value=7), st.integers(8).filter(lambda n: n % 6 != 2)),
      "6n + 2"),
-    *((f"experiments.{function.__name__}", function, "name", a_name, "must be one of pretrain")
+    *((f"experiments.{function.__name__}", function, "name", a_name, "must be one of teacher")
       for function in (runs.get, run.build, run.train_run, run.load_or_train,
                        records.read_record, records.weights_path, records.not_trained)),
 ]

@@ -73,6 +73,21 @@ def test_pretraining_starts_from_scratch_and_ships_its_last_epoch():
     assert (run.start_from, run.Nbits, run.pruning.method, run.keep) == (None, None, None, "last")
 
 
+def test_the_float_model_learns_from_one_that_learned_from_none():
+    pretrain, teacher = get("pretrain"), get("teacher")
+    assert pretrain.teacher == "teacher" and pretrain.recipe.distill > 0
+    assert (teacher.start_from, teacher.teacher, teacher.Nbits) == (None, None, None)
+
+
+def test_the_smallest_files_prune_further_step_by_step():
+    names = ["lab3d_2bit_improved", *(f"lab3d_2bit_{q}" for q in (80, 84, 87))]
+    for parent, name in zip(names, names[1:]):
+        assert different(config(name), config(parent)) == {
+            "name", "question", "start_from"} | {f"pruning.{key}" for key in ("method", "q")} - (
+            {"pruning.method"} if parent != names[0] else set())
+        assert get(name).start_from == parent
+
+
 def test_the_unmasked_run_is_the_assigned_one_but_for_its_masks():
     assert different(config("lab3d_2bit_unmasked"), config("lab3d_2bit")) == {
         "name", "question", "pruning.hold_zeros"}
@@ -97,7 +112,7 @@ def test_every_reference_has_its_run():
 
 def test_an_unknown_run_is_refused_with_the_names_there_are():
     with pytest.raises(
-        ValueError, match="name must be one of pretrain, lab2c_oneshot.*got 'lab2f'"
+        ValueError, match="name must be one of teacher, pretrain, lab2c_oneshot.*got 'lab2f'"
     ):
         get("lab2f")
 
@@ -186,8 +201,6 @@ def test_the_ablation_takes_one_part_at_a_time():
         "ablation_float_average": {"recipe.average"},
         "ablation_float_distill": {"recipe.distill", "recipe.temperature", "teacher"},
         "ablation_float_sgd": {"recipe.optimizer", "recipe.lr", "recipe.muon_lr"},
-        "ablation_2bit_plain": {"recipe.distill", "teacher"},
-        "ablation_2bit_warm": {"recipe.temperature"},
         "ablation_2bit_muon": {"recipe.optimizer", "recipe.lr", "recipe.muon_lr"},
     }
     for name, part in parts.items():
