@@ -5,6 +5,7 @@
 """
 
 import csv
+import heapq
 import io
 import lzma
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from constriction import stream, symbol
 
 from experiments.records import read_record
 from experiments.run import load_or_train
@@ -21,6 +21,7 @@ from experiments.runs import RUNS
 from files import atomic_write
 from model_file import coders, container
 from model_file.coders import Alphabet
+from model_file.range_coder import ONE, RangeDecoder, RangeEncoder
 from model_file.network import compress, decompress, describe, parts_of
 from report import figures
 from train_utils import evaluate
@@ -124,54 +125,85 @@ def _count_alphabets(alphabets):
     return [Alphabet((a.n_levels - 1,), a.size + 1, 0) for a in alphabets]
 
 
-def _with_counts(histograms, alphabets, words):
+def _with_counts(histograms, alphabets, coded):
     counts = [counts[:-1] for counts in histograms]
-    head = coders.encode("packed", counts, _count_alphabets(alphabets))
-    return head + words.astype("<u4").tobytes()
+    return coders.encode("packed", counts, _count_alphabets(alphabets)) + coded
 
 
 def _counts_of(data, alphabets):
-    """Return (histograms, the words behind them)."""
+    """Return (histograms, the bytes behind them)."""
     told = _count_alphabets(alphabets)
     end = -(-sum(a.size * (a.n_levels - 1).bit_length() for a in told) // 8)
     histograms = [np.append(counts, a.size - counts.sum())
                   for counts, a in zip(coders.decode("packed", data[:end], told), alphabets)]
-    return histograms, np.frombuffer(data[end:], "<u4").astype(np.uint32)
+    return histograms, data[end:]
+
+
+def _huffman_codes(counts):
+    """Return {symbol: its bits, as text}. Source: Huffman, 1952."""
+    heap = [(int(n), s, {s: ""}) for s, n in enumerate(counts) if n]
+    if len(heap) == 1:
+        return {heap[0][1]: "0"}
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (n, s, zeros), (m, _, ones) = heapq.heappop(heap), heapq.heappop(heap)
+        codes = {t: bit + code for bit, part in (("0", zeros), ("1", ones))
+                 for t, code in part.items()}
+        heapq.heappush(heap, (n + m, s, codes))
+    return heap[0][2]
 
 
 def _encode_huffman(arrays, alphabets):
-    queue, histograms = symbol.QueueEncoder(), _histograms(arrays, alphabets)
+    text, histograms = "", _histograms(arrays, alphabets)
     for array, counts in zip(arrays, histograms):
-        tree = symbol.huffman.EncoderHuffmanTree(counts.astype(np.float64))
-        for s in array.tolist():
-            queue.encode_symbol(s, tree)
-    return _with_counts(histograms, alphabets, queue.get_compressed_and_bitrate()[0])
+        text += "".join(map(_huffman_codes(counts).__getitem__, array.tolist()))
+    bits = np.frombuffer(text.encode(), np.uint8) - ord("0")
+    return _with_counts(histograms, alphabets, np.packbits(bits).tobytes())
 
 
 def _decode_huffman(data, alphabets):
-    histograms, words = _counts_of(data, alphabets)
-    queue, arrays = symbol.QueueDecoder(words), []
+    histograms, coded = _counts_of(data, alphabets)
+    bits, arrays = map(str, np.unpackbits(np.frombuffer(coded, np.uint8))), []
     for a, counts in zip(alphabets, histograms):
-        tree = symbol.huffman.DecoderHuffmanTree(counts.astype(np.float64))
-        arrays.append(np.array([queue.decode_symbol(tree) for _ in range(a.size)]))
+        symbols, known = {code: s for s, code in _huffman_codes(counts).items()}, ""
+        array = []
+        while len(array) < a.size:
+            known += next(bits)
+            if known in symbols:
+                array.append(symbols[known])
+                known = ""
+        arrays.append(np.array(array))
     return arrays
 
 
-def _model(counts):
-    return stream.model.Categorical(counts / counts.sum(), perfect=False)
+def _by_histogram(coder, counts, size, array=None):
+    """Code `size` symbols by a RangeEncoder, or by a RangeDecoder, and return them.
+
+    A symbol is told bit by bit, the highest first, each as likely as the histogram has it behind
+    the bits that are known.
+    """
+    n_bits = (len(counts) - 1).bit_length()
+    counts = np.pad(counts, (0, 2**n_bits - len(counts)))
+    known = np.zeros(size, np.int64)
+    for shift in range(n_bits - 1, -1, -1):
+        both = counts.reshape(-1, 2, 2**shift).sum(2)
+        ones = np.clip(ONE * both[:, 1] // np.maximum(both.sum(1), 1), 1, ONE - 1)
+        bits = None if array is None else array >> shift & 1
+        known = 2 * known + coder(ones[known], bits)
+    return known
 
 
 def _encode_range(arrays, alphabets):
-    coder, histograms = stream.queue.RangeEncoder(), _histograms(arrays, alphabets)
+    coder, histograms = RangeEncoder(), _histograms(arrays, alphabets)
     for array, counts in zip(arrays, histograms):
-        coder.encode(array.astype(np.int32), _model(counts))
-    return _with_counts(histograms, alphabets, coder.get_compressed())
+        _by_histogram(coder, counts, len(array), array)
+    return _with_counts(histograms, alphabets, coder.finish())
 
 
 def _decode_range(data, alphabets):
-    histograms, words = _counts_of(data, alphabets)
-    coder = stream.queue.RangeDecoder(words)
-    return [coder.decode(_model(counts), a.size) for a, counts in zip(alphabets, histograms)]
+    histograms, coded = _counts_of(data, alphabets)
+    coder = RangeDecoder(coded)
+    return [_by_histogram(coder, counts, a.size) for a, counts in zip(alphabets, histograms)]
 
 
 SYMBOLS = {  # method: (encoder, decoder) of flat arrays of symbols

@@ -1,6 +1,7 @@
 """How a run is trained, recorded, resumed and loaded."""
 
 import platform
+from pathlib import Path
 
 import torch
 
@@ -10,7 +11,7 @@ from experiments.records import (
     RETRAINED, SHIPPED, RecordError, config_of, not_trained, read_record, record_path, retraining,
     sha256, weights_path, write_record,
 )
-from experiments.runs import get
+from experiments.runs import RUNS, get
 from FP_layers import Learned, MinMax
 from pruning import layer_sparsity, sparsity
 from resnet20 import ResNetCIFAR
@@ -18,7 +19,8 @@ from training.checkpoints import fit_quantizers, load_weights, read_state, save_
 from training.execution import Execution, fastest, seconds_a_step
 from training.journal import Journal
 
-__all__ = ["build", "train_run", "load_or_train", "announce", "seconds_needed"]
+__all__ = ["build", "train_run", "load_or_train", "load_checkpoint",
+           "announce", "seconds_needed"]
 
 QUANTIZERS = {"minmax": MinMax, "learned": Learned}
 
@@ -143,6 +145,26 @@ def load_or_train(name, net=None):
     if retraining():
         _retrained_here.add(name)
     return load_weights(build(name) if net is None else net, weights_path(name, folder)), record
+
+
+def load_checkpoint(checkpoint, Nbits=None, symmetric=False, quantizer=None):
+    """Return the net, on the CPU, of a checkpoint: a run's name, a run's file, or any other file.
+
+    A run says what a checkpoint does not: bits of a weight, whether levels are symmetric, and the
+    quantizer. For other files, or to have it otherwise, the arguments say it; without them the
+    weights are taken as they are. Raises ValueError for an unknown name, and as load_weights does.
+    """
+    if Nbits is None and (symmetric or quantizer is not None):
+        raise ValueError("bits must be given where symmetric or quantizer is, got None")
+    name, path = str(checkpoint), Path(checkpoint)
+    if path.suffix != ".pt":
+        path = weights_path(name)
+    else:
+        name = "pretrain" if path.name == weights_path("pretrain").name else path.stem
+    if name.partition("@")[0] in RUNS and Nbits is None:
+        return load_weights(build(name, "cpu"), path)
+    kind = QUANTIZERS["minmax" if quantizer is None else quantizer]
+    return load_weights(ResNetCIFAR(20, Nbits, symmetric, kind), path)
 
 
 # ---------------------------------------------------------------- how long it takes

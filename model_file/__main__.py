@@ -5,35 +5,12 @@ import math
 import sys
 from pathlib import Path
 
-from experiments.records import weights_path
-from experiments.run import QUANTIZERS, build
-from experiments.runs import RUNS
+from experiments.run import QUANTIZERS, load_checkpoint
 from files import atomic_write, check_writable
 from model_file import container
 from model_file.network import compress, decompress, describe, stored_shapes
-from resnet20 import ResNetCIFAR
 from train_utils import get_data
-from training.checkpoints import load_weights, save_weights
-
-
-def load(checkpoint, Nbits=None, symmetric=False, quantizer=None):
-    """Return the net, on the CPU, of a checkpoint: a run's name, a run's file, or any other file.
-
-    A run says what a checkpoint does not: bits of a weight, whether levels are symmetric, and the
-    quantizer. For other files, or to have it otherwise, the arguments say it; without them the
-    weights are taken as they are. Raises ValueError for an unknown name, and as load_weights does.
-    """
-    if Nbits is None and (symmetric or quantizer is not None):
-        raise ValueError("bits must be given where symmetric or quantizer is, got None")
-    name, path = str(checkpoint), Path(checkpoint)
-    if path.suffix != ".pt":
-        path = weights_path(name)
-    else:
-        name = "pretrain" if path.name == weights_path("pretrain").name else path.stem
-    if name.partition("@")[0] in RUNS and Nbits is None:
-        return load_weights(build(name, "cpu"), path)
-    kind = QUANTIZERS["minmax" if quantizer is None else quantizer]
-    return load_weights(ResNetCIFAR(20, Nbits, symmetric, kind), path)
+from training.checkpoints import save_weights
 
 
 def main(arguments=None):
@@ -41,7 +18,8 @@ def main(arguments=None):
     options = _parser().parse_args(arguments)
     try:
         if options.command == "pack":
-            net = load(options.checkpoint, options.bits, options.symmetric, options.quantizer)
+            how = options.bits, options.symmetric, options.quantizer
+            net = load_checkpoint(options.checkpoint, *how)
             data = compress(net, options.coder, options.float_bits)
             with atomic_write(options.out) as file:
                 file.write(data)
@@ -49,7 +27,7 @@ def main(arguments=None):
         elif options.command == "unpack":
             save_weights(decompress(Path(options.file).read_bytes()), options.out)
         elif options.command == "export":
-            _export(load(options.checkpoint), options.out, options.int8)
+            _export(load_checkpoint(options.checkpoint), options.out, options.int8)
         else:
             _print_info(Path(options.file).read_bytes())
     except (ValueError, OSError, RuntimeError) as error:

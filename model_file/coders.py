@@ -6,17 +6,13 @@ from typing import NamedTuple
 import numpy as np
 
 from model_file.context_model import ContextModel, log_odds
-
-try:
-    from constriction import stream
-except ImportError:  # it has no wheel for this platform
-    stream = None
+from model_file.range_coder import RangeDecoder, RangeEncoder
 
 MAX_LEVELS = 257  # 8 bits and, beside their grid, the pruned zero
 
 
 class CompressionError(ValueError):
-    """Bytes that nothing here has written, a net they cannot hold, or a coder that is missing."""
+    """Bytes that nothing here has written, or a net they cannot hold."""
 
 
 class Alphabet(NamedTuple):
@@ -59,25 +55,22 @@ class ByteReader:
 
 
 def encode(coder, arrays, alphabets):
-    """Return `arrays` of integers, one for each of `alphabets`, as bytes. coder: a key of CODERS.
-
-    Raises CompressionError if the coder needs a library that is not installed.
-    """
+    """Return `arrays` of integers, one for each of `alphabets`, as bytes; coder: in CODERS."""
     told = [(np.asarray(array, np.int64).ravel(), a)
             for array, a in zip(arrays, alphabets, strict=True) if a.is_told]
-    return _coder(coder)[0]([array for array, _ in told], [a for _, a in told])
+    return CODERS[coder][0]([array for array, _ in told], [a for _, a in told])
 
 
 def decode(coder, data, alphabets):
     """Return the list of int64 arrays that encode(coder, arrays, alphabets) made `data` from.
 
     Time and memory are bounded by the sizes in `alphabets`. Raises CompressionError if `data` is
-    not exactly what encode writes for some arrays of these alphabets, and as encode does.
+    not exactly what encode writes for some arrays of these alphabets.
     """
-    told, (encoder, decoder) = [a for a in alphabets if a.is_told], _coder(coder)
+    told, (encoder, decoder) = [a for a in alphabets if a.is_told], CODERS[coder]
     try:
         arrays = decoder(data, told)
-    except (ValueError, AssertionError) as error:  # constriction raises both
+    except ValueError as error:
         raise CompressionError(f"symbols cannot be decoded: {error}") from error
     if any(array.min() < 0 or array.max() >= a.n_levels for array, a in zip(arrays, told)):
         raise CompressionError("symbols cannot be decoded: one of them is not in its alphabet")
@@ -87,13 +80,6 @@ def decode(coder, data, alphabets):
     decoded = iter(arrays)
     return [(next(decoded) if a.is_told else np.zeros(a.size, np.int64)).reshape(a.shape)
             for a in alphabets]
-
-
-def _coder(name):
-    if name == "context" and stream is None:
-        raise CompressionError("coder 'context' needs the package constriction, which is not "
-                               "installed; coder 'packed' does without")
-    return CODERS[name]
 
 
 def _shifts(alphabet):
@@ -115,32 +101,21 @@ def _decode_packed(data, alphabets):
 
 
 def _encode_context(arrays, alphabets):
-    coder, family = stream.queue.RangeEncoder(), stream.model.Categorical(perfect=False)
-
-    def put(weights, bits):
-        coder.encode(bits.astype(np.int32), family, weights.astype(np.float64))
-        return bits.astype(np.int64)
-
-    model = ContextModel(put)
+    coder = RangeEncoder()
+    model = ContextModel(coder)
     densities = [log_odds(np.count_nonzero(array != a.zero), a.size)
                  for array, a in zip(arrays, alphabets)]
     for array, a, density in zip(arrays, alphabets, densities):
         model.code(a, density, array)
-    return np.array(densities, np.int8).tobytes() + coder.get_compressed().astype("<u4").tobytes()
+    return np.array(densities, np.int8).tobytes() + coder.finish()
 
 
 def _decode_context(data, alphabets):
     reader = ByteReader(data, "densities")
     densities = np.frombuffer(reader.take(len(alphabets)), np.int8).tolist()
-    words = np.frombuffer(data[reader.position:], "<u4")  # ValueError unless they are whole
-    coder = stream.queue.RangeDecoder(words.astype(np.uint32))
-    family = stream.model.Categorical(perfect=False)
-    model = ContextModel(
-        lambda weights, _: coder.decode(family, weights.astype(np.float64)).astype(np.int64))
+    model = ContextModel(RangeDecoder(data[reader.position:]))
     return [model.code(a, density) for a, density in zip(alphabets, densities)]
 
 
-CODERS = {  # name: (encoder, decoder)
-    "packed": (_encode_packed, _decode_packed),
-    "context": (_encode_context, _decode_context),
-}
+CODERS = {"packed": (_encode_packed, _decode_packed),
+          "context": (_encode_context, _decode_context)}

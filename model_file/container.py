@@ -23,7 +23,7 @@ import numpy as np
 from model_file import coders
 from model_file.coders import Alphabet, ByteReader, CompressionError
 
-MAGIC, VERSION = b"RNPQ", 2
+MAGIC, VERSION = b"RNPQ", 3
 # A CRC finds damage. It keeps out no ill will, nor would a hash: the reader stands any content.
 START = struct.Struct("<4sBI")
 HEADER = struct.Struct("<BBBI")

@@ -11,6 +11,8 @@ import math
 
 import numpy as np
 
+from model_file.range_coder import ONE
+
 OCTAVE = 16  # logarithms here are integers, in sixteenths of an octave: 16 log2(x)
 SEEN = 32  # what an observed bit adds to its count
 FIRST = 8 * SEEN  # a new context's counts add up to this: what it starts from is worth 8 bits seen
@@ -64,8 +66,7 @@ class _Contexts:
     def code(self, coder, contexts, bits):
         """Encode `bits`, or decode one for each context; return them (0 or 1), counted."""
         counts = self.counts[contexts]
-        ones = np.clip((counts[:, 1] << 16) // counts.sum(1), 1, 2**16 - 1)
-        bits = coder(np.stack([2**16 - ones, ones], axis=1), bits)
+        bits = coder(np.clip(ONE * counts[:, 1] // counts.sum(1), 1, ONE - 1), bits)
         for bit in (0, 1):
             seen = np.bincount(contexts[bits == bit], minlength=len(self.counts))
             self.counts[:, bit] += SEEN * seen
@@ -73,10 +74,7 @@ class _Contexts:
 
 
 class ContextModel:
-    """Codes arrays of symbols one after another, and learns from each for the next.
-
-    coder(weights, bits) encodes `bits` (n,), or decodes as many, whatever `bits` holds, and returns
-    them as int64. weights: of 0 and 1, (n, 2), integers that add up to 2^16.
+    """Codes arrays of symbols by a RangeEncoder or RangeDecoder, and learns from each for the next.
 
     A symbol is told as: zero or not; its sign; its distance from zero minus one, in bits, the
     highest first. One kernel position after another is coded, for all kernels of the array at once.

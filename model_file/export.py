@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
-import onnxruntime
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxruntime.quantization import QuantFormat, QuantType, quant_pre_process, quantize_static
@@ -52,15 +51,3 @@ def quantize_int8(model, images):
         quantize_static(prepared, result, reader, quant_format=QuantFormat.QDQ, per_channel=True,
                         weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8)
         return result.read_bytes()
-
-
-class OnnxNet:
-    """An ONNX file's bytes, to be called as a net is: onnxruntime, on one thread of the CPU."""
-
-    def __init__(self, model):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
-
-    def __call__(self, images):
-        return torch.from_numpy(self.session.run(["logits"], {"images": images.numpy()})[0])

@@ -140,7 +140,7 @@ def compress(net, coder="context", float_bits=32):
     BatchNorm. What that costs in accuracy has to be measured.
 
     Raises TypeError or ValueError for arguments out of range, and CompressionError if the net holds
-    NaN or infinite values, or ones too large for fewer than 32 bits, or the coder is not installed.
+    NaN or infinite values, or ones too large for fewer than 32 bits.
     """
     parts = parts_of(net, coder, float_bits)
     return container.write(net.num_layers, coder, float_bits, parts)

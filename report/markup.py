@@ -152,17 +152,8 @@ def _inline_html(text, piece, figures):
     if name in TAGS:
         return raw("Inline", "]" if match[1] else f"#{TAGS[name]}[")
     if name == "img":
-        return {
-            "t": "Span",
-            "c": [
-                ["", [], []],
-                [
-                    rewrite(inline, piece, figures)
-                    for block in _read_html(text)
-                    for inline in block["c"]
-                ],
-            ],
-        }
+        inlines = [inline for block in _read_html(text) for inline in block["c"]]
+        return {"t": "Span", "c": [["", [], []], rewrite(inlines, piece, figures)]}
     raise ReportError(f"{piece.where} has HTML, {text.strip()[:40]!r}, in its Markdown: draw it in "
                       "a code cell, or write it as Markdown")
 
@@ -178,10 +169,8 @@ def _image(content, piece, figures):
         return {"t": "Span", "c": [["", [], []], rewrite(content[1], piece, figures)]}
     form, data = _picture(place, piece)
     if form not in PICTURES:
-        raise ReportError(
-            f"{piece.where} has the image {place[:60]}, which is not there or none of "
-            f"{', '.join(PICTURES)}"
-        )
+        raise ReportError(f"{piece.where} has the image {place[:60]}, which is not there or none "
+                          f"of {', '.join(PICTURES)}")
     figures.append((PICTURES[form], data))
     alt = literal(clean(_words(content[1])))
     return raw("Inline", f'#drawn(("{len(figures) - 1}.{PICTURES[form]}",), alt: {alt});')
@@ -191,8 +180,8 @@ def _words(inlines):
     """Return what pandoc's inlines say, without their looks."""
     said = {"Str": lambda text: text, "Code": lambda pair: pair[1], "Math": lambda pair: pair[1],
             "Link": lambda link: _words(link[1])}
-    return "".join(
-        said.get(inline["t"], _words)(inline["c"]) if "c" in inline else " " for inline in inlines)
+    return "".join(said.get(inline["t"], _words)(inline["c"]) if "c" in inline else " "
+                   for inline in inlines)
 
 
 def _picture(place, piece):

@@ -13,10 +13,11 @@ from conftest import REPOSITORY, make_net, same, state_of
 
 import cifar10
 from benchmarks import runtimes
+from experiments.run import load_checkpoint
 from FP_layers import Learned
 from model_file import __main__ as command_line
-from model_file.__main__ import load, main
-from model_file.export import OnnxNet, calibration_images, export_onnx, quantize_int8
+from model_file.__main__ import main
+from model_file.export import calibration_images, export_onnx, quantize_int8
 from model_file.network import CompressionError, decompress
 from training.batches import normalize
 
@@ -25,7 +26,7 @@ RUN = "lab3d_2bit_improved"
 
 @pytest.fixture(scope="module")
 def net():
-    return load(RUN).eval()
+    return load_checkpoint(RUN).eval()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def weights_of(data):
 
 
 def test_the_logits_are_those_of_pytorch_for_any_number_of_images(net, model, images):
-    exported = OnnxNet(model)
+    exported = runtimes.OnnxNet(model)
     with torch.no_grad():
         for n in (1, 2, 7, 200):
             torch.testing.assert_close(exported(images[:n]), net(images[:n]), rtol=0, atol=1e-3)
@@ -66,7 +67,7 @@ def test_the_logits_are_those_of_pytorch_for_any_number_of_images(net, model, im
 def test_any_quantizer_is_exported_and_the_net_is_left_alone(quantizer, images):
     net = make_net(**quantizer).train()
     before = state_of(net)
-    exported = OnnxNet(export_onnx(net))
+    exported = runtimes.OnnxNet(export_onnx(net))
     assert net.training and same(state_of(net), before)
     with torch.no_grad():
         torch.testing.assert_close(exported(images[:5]), net.eval()(images[:5]),
@@ -112,7 +113,7 @@ def test_weights_and_activations_are_integers_of_8_bits(int8):
 
 
 def test_the_answers_in_8_bits_are_nearly_those_in_float(model, int8, images):
-    float_, integers = (OnnxNet(data)(images) for data in (model, int8))
+    float_, integers = (runtimes.OnnxNet(data)(images) for data in (model, int8))
     assert (float_.argmax(1) == integers.argmax(1)).float().mean() > 0.97
     assert 0 < (float_ - integers).abs().max() < 3  # of logits up to 15
 
@@ -132,15 +133,15 @@ def test_the_command_calibrates_on_training_images(monkeypatch, tmp_path, cifar,
     monkeypatch.setattr(command_line, "get_data", lambda device: blind)
     assert main(["export", RUN, str(tmp_path / "net.onnx"), "--int8"]) == 0
     images = normalize(cifar.test_images[:50])
-    written = OnnxNet((tmp_path / "net.onnx").read_bytes())
-    assert torch.equal(written(images), OnnxNet(int8)(images))
+    written = runtimes.OnnxNet((tmp_path / "net.onnx").read_bytes())
+    assert torch.equal(written(images), runtimes.OnnxNet(int8)(images))
 
 
 def test_other_images_give_other_steps(model, cifar):
     """What the images are is what the steps come from."""
     dark = quantize_int8(model, calibration_images(cifar)[:50] * 0.01)
     images = normalize(cifar.test_images[:100])
-    lost = OnnxNet(dark)(images).argmax(1) != OnnxNet(model)(images).argmax(1)
+    lost = runtimes.OnnxNet(dark)(images).argmax(1) != runtimes.OnnxNet(model)(images).argmax(1)
     assert lost.float().mean() > 0.2
 
 
@@ -157,7 +158,7 @@ def test_what_is_written_is_what_is_exported(tmp_path, capsys, model, images):
     status, out, err = run(capsys, "export", RUN, tmp_path / "folder" / "net.onnx")
     data = (tmp_path / "folder" / "net.onnx").read_bytes()
     assert status == 0 and f"{len(data):,} bytes" in out and not err
-    assert torch.equal(OnnxNet(data)(images), OnnxNet(model)(images))
+    assert torch.equal(runtimes.OnnxNet(data)(images), runtimes.OnnxNet(model)(images))
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "net.onnx"]
 
 

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from experiments.records import SHIPPED, weights_path
+from experiments.run import load_checkpoint
 from FP_layers import FP_Conv, FP_Linear, Learned, MinMax
 from model_file import container
-from model_file.__main__ import load, main
+from model_file.__main__ import main
 from model_file.coders import ByteReader
 from model_file.container import Part, Record
 from model_file.network import (
@@ -218,7 +219,7 @@ def test_a_shipped_file_holds_its_run(name, cifar):
     answers the same.
     """
     shipped = decompress((SHIPPED / f"{name}.rnpq").read_bytes())
-    net, x = load(name).eval(), normalize(cifar.test_images[:1000])
+    net, x = load_checkpoint(name).eval(), normalize(cifar.test_images[:1000])
     zeros = [
         [weight == 0 for layer, weight in quantized_weights(n).items() if "body" in layer]
         for n in (net, shipped)
@@ -407,7 +408,7 @@ def test_every_byte_is_where_the_format_has_it(bits):
     parts, table, floats, symbols = parts_of_all_kinds(bits)
     data = container.write(14, "packed", bits, parts)
     magic, version, crc = struct.unpack("<4sBI", data[:9])
-    assert (magic, version, crc) == (b"RNPQ", 2, zlib.crc32(data[9:]))
+    assert (magic, version, crc) == (b"RNPQ", 3, zlib.crc32(data[9:]))
     assert struct.unpack("<BBBI", data[9:16]) == (14, 1, bits, len(floats))
     assert data[16:] == table + floats + symbols
 
@@ -723,7 +724,7 @@ def test_steps_that_overflow_are_refused():
         (b"PK\x03\x04" + bytes(100), "must start with b'RNPQ'"),
         (pickle.dumps({"weights": list(range(100))}), "must start with"),
         (bytes(1000), "must start with"),
-        (with_checksum(b"", version=1), "version must be 2, got 1; pack the checkpoint again"),
+        (with_checksum(b"", version=2), "version must be 3, got 2; pack the checkpoint again"),
         (with_checksum(b""), "must go on"),
     ],
 )
@@ -871,17 +872,19 @@ def test_a_runs_file_elsewhere_and_one_of_another_seed_are_the_runs(name, bits, 
     net, _ = small_checkpoint(tmp_path, f"{name}.pt")
     small_checkpoint(tmp_path, f"{name}@1.pt")
     for file in (f"{name}.pt", f"{name}@1.pt"):
-        loaded = load(tmp_path / file)
+        loaded = load_checkpoint(tmp_path / file)
         assert loaded.Nbits == bits
         assert torch.equal(loaded.head_conv[0].weight, net.head_conv[0].weight)
 
 
 def test_bits_that_are_given_go_before_those_of_the_run(tmp_path):
     _, checkpoint = small_checkpoint(tmp_path, "lab3c_4bit.pt")
-    assert load(checkpoint, 3).Nbits == 3
-    assert load(checkpoint, 3, True, "learned").body_op[0].conv1[0].quantizer.limits == (-3, 3)
-    assert load(weights_path("pretrain")).Nbits is None
-    assert not load(checkpoint).symmetric and load("lab3d_2bit_improved").symmetric
+    assert load_checkpoint(checkpoint, 3).Nbits == 3
+    learned = load_checkpoint(checkpoint, 3, True, "learned").body_op[0].conv1[0].quantizer
+    assert learned.limits == (-3, 3)
+    assert load_checkpoint(weights_path("pretrain")).Nbits is None
+    assert not load_checkpoint(checkpoint).symmetric
+    assert load_checkpoint("lab3d_2bit_improved").symmetric
 
 
 @pytest.mark.parametrize(

@@ -51,17 +51,6 @@ def test_each_requirement_is_pinned_once_within_its_bounds(wanted, python, platf
     assert wanted.specifier.contains(version, prereleases=True)
 
 
-@pytest.mark.parametrize("platform, machine, has_it", [
-    ("linux", "x86_64", True), ("linux", "aarch64", False), ("linux", "ppc64le", False),
-    ("darwin", "arm64", True), ("darwin", "x86_64", True), ("win32", "AMD64", True),
-])
-def test_constriction_is_asked_for_where_it_has_a_wheel(platform, machine, has_it):
-    """The wheels of 0.5.0: macOS, Windows on x86-64, and Linux on x86-64; there is no sdist."""
-    for file in ("requirements.txt", "requirements.lock"):
-        found = [r for r in requirements(file) if r.name == "constriction"]
-        assert [holds(r, on("3.12", platform, machine)) for r in found] == [has_it]
-
-
 def test_the_lock_names_no_place_to_fetch_from():
     text = (ROOT / "requirements.lock").read_text()
     assert "://" not in text and "--" not in text and "file:" not in text
