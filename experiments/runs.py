@@ -36,13 +36,9 @@ MUON = replace(SGD, optimizer="muon", muon_lr=0.03, lr=0.1)
 DISTILLED = dict(distill=0.7, temperature=4.0)
 
 # The improved runs: as many epochs as assigned, the last one kept.
-IMPROVED = Recipe(batch_size=128,
-                  lr=0.05,
-                  schedule="cosine",
-                  warmup=0.05,
-                  momentum=0.9,
-                  nesterov=True,
-                  distill=0.5)
+FINE_SGD = Recipe(batch_size=128, lr=0.05, schedule="cosine", warmup=0.05, momentum=0.9,
+                  nesterov=True, distill=0.5)
+IMPROVED = replace(FINE_SGD, optimizer="muon", muon_lr=0.01, lr=0.02)
 
 
 def _assigned_runs():
@@ -99,9 +95,11 @@ FLOAT_PARTS = (  # name, what, recipe, with a teacher
     ("average", "Muon, averaged weights", replace(MUON, average=0.999)),
     ("distill", "Muon, distillation at temperature 4", replace(MUON, **DISTILLED)),
 )
-TWO_BIT_PARTS = (("sgd", "SGD, distillation at temperature 1", IMPROVED),
-                 ("muon", "Muon, distillation at temperature 1",
-                  replace(IMPROVED, optimizer="muon", muon_lr=0.01, lr=0.02)))
+TWO_BIT_PARTS = (
+    ("sgd", "SGD, distillation at temperature 1", FINE_SGD),
+    ("muon", "Muon, distillation at temperature 1", IMPROVED),
+    ("temperature", "Muon, distillation at temperature 2", replace(IMPROVED, temperature=2.0)),
+)
 
 
 def _ablation_runs():
@@ -116,8 +114,8 @@ def _ablation_runs():
 
 
 def _earlier_ablation_runs():
-    """By which the improved recipe was chosen: 4 epochs each, or 20 where a name says long."""
-    rate = replace(IMPROVED, distill=0.0)
+    """What the improved recipe has but for Muon: 4 epochs each, or 20 where a name says long."""
+    rate = replace(FINE_SGD, distill=0.0)
     short, long = "ablation_float", "ablation_long_float"
     for name, epochs in ((short, 10), (long, 40)):
         yield Run(name, f"float model of the ablation, {epochs} epochs", start_from=None,
@@ -139,7 +137,7 @@ def _earlier_ablation_runs():
         setting |= dict(start_from=long, **ABLATION)
         yield Run(f"ablation_long_{kind}_{without}", f"{what}, 20 epochs", recipe=rate, **setting)
         yield Run(f"ablation_long_{kind}_distill", f"{what}, 20 epochs: and distillation",
-                  recipe=IMPROVED, teacher=long, **setting)
+                  recipe=FINE_SGD, teacher=long, **setting)
 
 
 RUNS = {run.name: run for run in (

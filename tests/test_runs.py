@@ -192,6 +192,7 @@ def test_improved_runs_have_one_recipe_and_one_teacher():
 
 
 ABLATION = [name for name in RUNS if name.startswith("ablation_")]
+MUON = {"recipe.optimizer", "recipe.lr", "recipe.muon_lr"}
 
 
 def test_the_ablation_takes_one_part_at_a_time():
@@ -200,11 +201,12 @@ def test_the_ablation_takes_one_part_at_a_time():
         "ablation_float_cutout": {"recipe.cutout"},
         "ablation_float_average": {"recipe.average"},
         "ablation_float_distill": {"recipe.distill", "recipe.temperature", "teacher"},
-        "ablation_float_sgd": {"recipe.optimizer", "recipe.lr", "recipe.muon_lr"},
-        "ablation_2bit_muon": {"recipe.optimizer", "recipe.lr", "recipe.muon_lr"},
+        "ablation_float_sgd": MUON,
+        "ablation_2bit_sgd": MUON,
+        "ablation_2bit_temperature": {"recipe.temperature"},
     }
     for name, part in parts.items():
-        base = "ablation_float_muon" if "float" in name else "ablation_2bit_sgd"
+        base = "ablation_float_muon" if "float" in name else "ablation_2bit_muon"
         assert different(config(name), config(base)) - {"name", "question"} == part
 
 
@@ -212,14 +214,14 @@ def test_the_ablation_takes_one_part_at_a_time():
     ("2bit_distill", "2bit_step", "lab3c_2bit_improved"),
     ("global_distill", "global_rate", "lab2e_global_improved"),
 ])
-def test_the_long_ablation_is_the_improved_recipe_with_and_without_distillation(
+def test_the_long_ablation_is_the_recipe_before_muon_with_and_without_distillation(
     with_it, without, improved
 ):
     a, b = config(f"ablation_long_{with_it}"), config(f"ablation_long_{without}")
     assert different(a, b) == {"name", "question", "recipe.distill", "teacher"}
     assert b["recipe"]["distill"] == 0
     assert different(a, config(improved)) == {
-        "name", "question", "held_out", "start_from", "teacher"}
+        "name", "question", "held_out", "start_from", "teacher", *MUON}
 
 
 @pytest.mark.parametrize("name, base, part", [
@@ -240,7 +242,7 @@ def test_the_short_ablation_begins_with_the_assigned_recipe(kind):
 
 
 def test_the_base_of_the_2_bit_ablation_is_the_improved_recipe():
-    assert different(config("ablation_2bit_sgd"), config("lab3c_2bit_improved")) == {
+    assert different(config("ablation_2bit_muon"), config("lab3c_2bit_improved")) == {
         "name", "question", "held_out", "start_from", "teacher"}
 
 
