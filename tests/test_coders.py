@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import entropy
@@ -170,6 +170,11 @@ bits_with_chances = st.lists(st.tuples(st.one_of(st.integers(1, ONE - 1), st.sam
     [1, 2, ONE // 2, ONE - 1])), st.booleans()), max_size=300)
 
 
+# After two bits the interval is just as narrow as it may be.
+AS_NARROW_AS_CAN_BE = [(ONE - 2, False), (ONE // 2, True),
+                       *((12345 + 77 * i, i % 3 == 0) for i in range(40))]
+
+
 def coded(ones, bits):
     encoder = RangeEncoder()
     encoder(np.array(ones, np.int64), np.array(bits, np.int64))
@@ -177,6 +182,8 @@ def coded(ones, bits):
 
 
 @given(bits_with_chances)
+@example(AS_NARROW_AS_CAN_BE)
+@example(AS_NARROW_AS_CAN_BE[:2])
 def test_a_range_coder_s_bytes_are_a_number_of_the_last_interval(case):
     """In integers that grow without bound, where nothing is carried."""
     low, width, n_words = 0, 2**48 - 1, 1
@@ -191,12 +198,28 @@ def test_a_range_coder_s_bytes_are_a_number_of_the_last_interval(case):
 
 
 @given(bits_with_chances)
+@example(AS_NARROW_AS_CAN_BE)
+@example(AS_NARROW_AS_CAN_BE[:2])
 def test_a_range_coder_gives_the_bits_back_in_little_more_than_their_entropy(case):
     ones, bits = zip(*case) if case else ((), ())
     data = coded(ones, bits)
     assert RangeDecoder(data)(np.array(ones, np.int64), None).tolist() == list(map(int, bits))
     needed = sum(-math.log2((one if bit else ONE - one) / ONE) for one, bit in case)
     assert len(data) <= needed / 8 * 1.0001 + 4
+
+
+def test_a_range_decoder_reads_zeros_where_there_is_nothing():
+    assert RangeDecoder(b"")(np.ones(100, np.int64), None).all()  # zero is below any part
+
+
+@pytest.mark.parametrize("counts, one", [
+    ([2**40, 1], 1), ([1, 2**40], ONE - 1), ([3, 1], ONE // 4),
+])
+def test_no_bit_is_taken_for_impossible(counts, one):
+    contexts, asked = context_model._Contexts([0]), []
+    contexts.counts[0] = counts
+    contexts.code(lambda ones, bits: asked.append(ones) or bits, np.zeros(1, np.int64), np.ones(1))
+    assert [ones.tolist() for ones in asked] == [[one]]
 
 
 def test_a_carry_goes_back_over_several_words():
