@@ -37,14 +37,21 @@ MACRO = re.compile(
     rf"\{{?\s*(\\(?:[A-Za-z]+|.))\s*\}}?\s*(?:\[\d\]\s*)?(?:\[[^\]]*\]\s*)?{BRACED}"
     rf"|\\def\s*(\\(?:[A-Za-z]+|.))((?:#\d)*)\s*({BRACED})", re.DOTALL)
 
-# pandoc hands text in one of TeX's classes on without quotes: \mathop{\text{alpha}} would be α.
-CLASSES = re.compile(r"\\math(?:op|bin|rel|ord|open|close|punct|inner)\s*\{\s*(?=\\(?:text|mbox))")
+# pandoc hands text in one of TeX's classes on without quotes: \mathop{\text{alpha}} would be α. So
+# each word of a text is marked, before macros are expanded, by a character that no text has.
+MARK = "\ufdd0"
+TEXT = re.compile(rf"(\\(?:text(?:rm|bf|it|sf|tt)?|[mh]box)\s*)({BRACED})", re.DOTALL)
+
+
+def _mark_words(match):
+    mark = re.compile(r"(\$[^$]*\$|\\[A-Za-z]+)|([^\W\d_]+)")  # not formulas in it, nor commands
+    return match[1] + mark.sub(lambda word: word[1] or MARK + word[2], match[2])
 
 
 def define_macros(trees, pieces):
     """Let \\newcommand in one formula serve all later ones of its notebook, as MathJax does.
 
-    trees: of the pieces, changed in place; their operators' names become \\operatorname.
+    trees: of the pieces, changed in place; words in their formulas' texts are marked.
     """
     macros = {}  # notebook: {name: definition}
 
@@ -58,7 +65,7 @@ def define_macros(trees, pieces):
 
     def visit(node):
         if isinstance(node, dict) and node.get("t") == "Math":
-            rest = MACRO.sub(define, CLASSES.sub(r"\\operatorname{", node["c"][1]))
+            rest = MACRO.sub(define, TEXT.sub(_mark_words, node["c"][1]))
             node["c"][1] = "".join(known.values()) + rest
             if not rest.strip():
                 node.update(t="Str", c="")
@@ -85,12 +92,15 @@ TOKEN = re.compile(
     r'"(?:\\.|[^"\\])*"|\\.'  # a string, an escape
     r"|(?P<call>#[a-z]+\([^()\[\]$]*(?P<opens>\)|\[))"  # pandoc's own #h(2em), or #box(..., [
     r"|(?P<dollar>\$)|(?P<close>\])"
+    rf"|{MARK}(?P<text>[^\W_]+)"
     r"|(?P<word>[^\W\d_][^\W_]+)(?P<argument>(?=:))?(?:\.[a-z.]+)?", re.DOTALL)
 ARGUMENTS = {"align", "angle", "delim", "gap", "limits", "reverse", "size"}  # that pandoc names
 
 
 def quote_words(text):
-    """Return Typst in which each word of a formula that mathematics does not define is a string."""
+    """Return Typst in which each word of a formula that mathematics does not define is a string,
+    and each that is marked.
+    """
     modes = []  # "$", a formula; "[", text that a call within a formula holds
 
     def token(match):
@@ -101,9 +111,11 @@ def quote_words(text):
             modes.append("[")
         elif match["close"] and modes[-1:] == ["["]:
             modes.pop()
+        elif match["text"]:
+            return f'"{match["text"]}"'
         elif inside and match["word"] and match["word"] not in _mathematics():
             if match["argument"] is None or match["word"] not in ARGUMENTS:
                 return f'"{match[0]}"'
         return match[0]
 
-    return TOKEN.sub(token, text)
+    return TOKEN.sub(token, text).replace(MARK, "")

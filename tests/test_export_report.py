@@ -729,7 +729,9 @@ def test_words_in_formulas_are_never_code(read, source):
 @pytest.mark.parametrize("source, shown", [
     (r"\mathop{\text{alpha}}_x", "before alpha𝑥 after"),
     (r"\mathrel{ \mbox{pi.title}}", "before pi.title after"),
-    (r"\mathop{\text{sum}}\limits_k \alpha", "before sum𝑘𝛼 after")])
+    (r"\mathop{\text{sum}}\limits_k \alpha", "before sum𝑘𝛼 after"),
+    (r"\newcommand{\f}{\text{alpha sum}}\mathop{\f}_x", "before alpha sum𝑥 after"),
+    (r"\mathop{\textbf{max beta}} \beta", "before 𝐦𝐚𝐱 𝐛𝐞𝐭𝐚𝛽 after")])
 def test_a_name_that_mathematics_defines_is_a_name_in_text(read, source, shown):
     reader = read([new_markdown_cell(f"# T\n\nbefore ${source}$ after")])
     assert flat(shown) in flat(text_of(reader))
