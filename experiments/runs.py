@@ -107,6 +107,12 @@ def _ablation_runs():
         yield Run(f"ablation_float_{part}", f"float model, 20 epochs: {what}", start_from=None,
                   recipe=replace(recipe, epochs=20),
                   teacher="ablation_float_muon" if recipe.distill else None, **ABLATION)
+    second = replace(MUON, epochs=20, **DISTILLED)  # what a second training adds
+    yield Run("ablation_float_again", "float model, 20 epochs: Muon, distilled from the last one",
+              start_from=None, recipe=second, teacher="ablation_float_distill", **ABLATION)
+    yield Run("ablation_float_on", "float model, 20 epochs on from that one, at half its rates",
+              start_from="ablation_float_distill", teacher="ablation_float_distill",
+              recipe=replace(second, muon_lr=0.015, lr=0.05), **ABLATION)
     for part, what, recipe in TWO_BIT_PARTS:
         yield Run(f"ablation_2bit_{part}", f"2-bit weights, 20 epochs: {what}",
                   start_from="ablation_float_muon", Nbits=2, quantizer="learned", recipe=recipe,
