@@ -21,8 +21,8 @@ from experiments.runs import RUNS
 from files import atomic_write
 from model_file import coders, container
 from model_file.coders import Alphabet
-from model_file.range_coder import ONE, RangeDecoder, RangeEncoder
 from model_file.network import compress, decompress, describe, parts_of
+from model_file.range_coder import ONE, RangeDecoder, RangeEncoder
 from report import figures
 from train_utils import evaluate
 

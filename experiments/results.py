@@ -48,12 +48,12 @@ def rows(names=tuple(REFERENCE)):
     """Return a row of cells (see HEADER) for each run in `names`."""
     table = []
     for name in names:
-        best, last, improved = accuracies(name, "best"), accuracies(name, "last"), ""
-        if f"{name}_improved" in RUNS:
-            improved = shown(accuracies(f"{name}_improved", "last"))
-        cells = [shown(best), shown(last) if last else "", improved]
+        last, improved = accuracies(name, "last"), f"{name}_improved"
         if get(name).keep == "last":  # the float model's recipe is ours: no epoch was chosen
             cells = ["", "", shown(last)]
+        else:
+            cells = [shown(accuracies(name, "best")), shown(last) if last else "",
+                     shown(accuracies(improved, "last")) if improved in RUNS else ""]
         table.append([get(name).question, f"{100 * REFERENCE[name]:.2f}", *cells])
     return table
 
