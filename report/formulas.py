@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typst
 
-__all__ = ["define_macros", "mark_dollars", "quote_words"]
+__all__ = ["define_macros", "mark_dollars", "quote_words", "without_marks"]
 
 DOLLARS = re.compile(
     r"(^(?:```|~~~)[\s\S]*?^(?:```|~~~)|`[^`\n]*`|\\\$|\$\$[\s\S]*?\$\$)"  # left as it is
@@ -38,14 +38,20 @@ MACRO = re.compile(
     rf"|\\def\s*(\\(?:[A-Za-z]+|.))((?:#\d)*)\s*({BRACED})", re.DOTALL)
 
 # pandoc hands text in one of TeX's classes on without quotes: \mathop{\text{alpha}} would be α. So
-# each word of a text is marked, before macros are expanded, by a character that no text has.
-MARK = "\ufdd0"
+# each word of a text, and each argument that a macro puts there, is marked, before macros are
+# expanded, by characters that no text has.
+BEGIN, END = "\ufdd0", "\ufdd1"
 TEXT = re.compile(rf"(\\(?:text(?:rm|bf|it|sf|tt)?|[mh]box)\s*)({BRACED})", re.DOTALL)
+WORD = re.compile(r"(\$[^$]*\$|\\[A-Za-z]+)|([^\W\d_]+|#\d)")  # not formulas in it, nor commands
 
 
 def _mark_words(match):
-    mark = re.compile(r"(\$[^$]*\$|\\[A-Za-z]+)|([^\W\d_]+)")  # not formulas in it, nor commands
-    return match[1] + mark.sub(lambda word: word[1] or MARK + word[2], match[2])
+    return match[1] + WORD.sub(lambda word: word[1] or BEGIN + word[2] + END, match[2])
+
+
+def without_marks(text):
+    """Return `text` as it was before its words were marked."""
+    return re.sub(f"[{BEGIN}{END}]", "", text)
 
 
 def define_macros(trees, pieces):
@@ -92,8 +98,9 @@ TOKEN = re.compile(
     r'"(?:\\.|[^"\\])*"|\\.'  # a string, an escape
     r"|(?P<call>#[a-z]+\([^()\[\]$]*(?P<opens>\)|\[))"  # pandoc's own #h(2em), or #box(..., [
     r"|(?P<dollar>\$)|(?P<close>\])"
-    rf"|{MARK}(?P<text>[^\W_]+)"
+    rf"|{BEGIN}(?P<text>[^{END}]*){END}"
     r"|(?P<word>[^\W\d_][^\W_]+)(?P<argument>(?=:))?(?:\.[a-z.]+)?", re.DOTALL)
+PART = re.compile(r'"(?:\\.|[^"\\])*"|\\.|([^\W_]+)', re.DOTALL)
 ARGUMENTS = {"align", "angle", "delim", "gap", "limits", "reverse", "size"}  # that pandoc names
 
 
@@ -112,10 +119,10 @@ def quote_words(text):
         elif match["close"] and modes[-1:] == ["["]:
             modes.pop()
         elif match["text"]:
-            return f'"{match["text"]}"'
+            return PART.sub(lambda part: f'"{part[1]}"' if part[1] else part[0], match["text"])
         elif inside and match["word"] and match["word"] not in _mathematics():
             if match["argument"] is None or match["word"] not in ARGUMENTS:
                 return f'"{match[0]}"'
         return match[0]
 
-    return TOKEN.sub(token, text).replace(MARK, "")
+    return without_marks(TOKEN.sub(token, text))

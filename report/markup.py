@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pypandoc
 
 from report.cells import PICTURES, ReportError, clean
-from report.formulas import define_macros, mark_dollars
+from report.formulas import define_macros, mark_dollars, without_marks
 
 __all__ = ["Piece", "Refusal", "literal", "pandoc", "parse", "raw"]
 
@@ -53,7 +53,8 @@ def pandoc(text, source, target):
     try:
         return pypandoc.convert_text(text, target, source, extra_args=arguments)
     except RuntimeError as error:
-        raise Refusal(f"pandoc refused it, mend it in the notebook: {error}") from error
+        message = without_marks(str(error))
+        raise Refusal(f"pandoc refused it, mend it in the notebook: {message}") from error
 
 
 def parse(pieces, figures):

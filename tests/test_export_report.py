@@ -528,9 +528,8 @@ def test_what_typst_cannot_read_is_refused_by_name(write, refused, form, before)
 
 
 def test_unreadable_formula_is_refused(write, refused):
-    refused(
-        write([new_markdown_cell(r"# T" + "\n\n" + r"$\nosuchmacro{x}$")]), r"\\nosuchmacro\{x\}"
-    )
+    refused(write([new_markdown_cell("# T\n\n" + r"$\nosuchmacro{\text{as it is}}$")]),
+            r"\\nosuchmacro\{\\text\{as it is\}\}")
 
 
 def test_empty_code_cells_need_no_execution(read):
@@ -731,6 +730,10 @@ def test_words_in_formulas_are_never_code(read, source):
     (r"\mathrel{ \mbox{pi.title}}", "before pi.title after"),
     (r"\mathop{\text{sum}}\limits_k \alpha", "before sum𝑘𝛼 after"),
     (r"\newcommand{\f}{\text{alpha sum}}\mathop{\f}_x", "before alpha sum𝑥 after"),
+    (r"\newcommand{\f}[1]{\mathrel{\text{of #1,}}} \f{pi} \f{min sum}",
+     "before of pi, of min sum, after"),
+    (r"\newcommand{\f}[1]{\mathop{\text{#1}}}\newcommand{\g}[2]{\f{#2}#1} \g{\rho}{rho}",
+     "before rho𝜌 after"),
     (r"\mathop{\textbf{max beta}} \beta", "before 𝐦𝐚𝐱 𝐛𝐞𝐭𝐚𝛽 after")])
 def test_a_name_that_mathematics_defines_is_a_name_in_text(read, source, shown):
     reader = read([new_markdown_cell(f"# T\n\nbefore ${source}$ after")])
