@@ -113,6 +113,9 @@ def _ablation_runs():
     yield Run("ablation_float_on", "float model, 20 epochs on from that one, at half its rates",
               start_from="ablation_float_distill", teacher="ablation_float_distill",
               recipe=replace(second, muon_lr=0.015, lr=0.05), **ABLATION)
+    yield Run("ablation_float_on_cutout", "the same with cutout of 16 pixels",
+              start_from="ablation_float_distill", teacher="ablation_float_distill",
+              recipe=replace(second, muon_lr=0.015, lr=0.05, cutout=16), **ABLATION)
     for part, what, recipe in TWO_BIT_PARTS:
         yield Run(f"ablation_2bit_{part}", f"2-bit weights, 20 epochs: {what}",
                   start_from="ablation_float_muon", Nbits=2, quantizer="learned", recipe=recipe,
