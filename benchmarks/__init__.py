@@ -1,1 +1,1 @@
-"""Speed against the assigned pipeline."""
+"""What is measured beside accuracy: speed, sizes of files, other runtimes."""

@@ -21,7 +21,7 @@ from experiments.runs import RUNS
 from files import atomic_write
 from model_file import coders, container
 from model_file.coders import Alphabet
-from model_file.network import compress, decompress, describe, parts_of
+from model_file.network import compress, decompress, parts_of
 from model_file.range_coder import ONE, RangeDecoder, RangeEncoder
 from report import figures
 from train_utils import evaluate
@@ -61,12 +61,13 @@ def methods(net):
     for method, (coder, float_bits) in FILES.items():
         data[method], seconds = _timed(compress, net, coder, float_bits)
         costs[method] = Cost(len(data[method]), seconds, _timed(decompress, data[method])[1])
-    parts = [part for part in parts_of(net, "packed", 32)
+    whole = parts_of(net, "packed", 32)
+    parts = [part for part in whole
              if part.symbols is not None and part.record.alphabet.is_told]
     arrays = [part.symbols.ravel() for part in parts]
     alphabets = [part.record.alphabet for part in parts]
     base = costs["fixed width"]
-    rest = base.size - describe(data["fixed width"])[0]["symbols"]
+    rest = base.size - len(container.symbol_bytes(whole, "packed"))
     for method, (encoder, decoder) in SYMBOLS.items():
         coded, seconds = _timed(encoder, arrays, alphabets)
         decoded, back = _timed(decoder, coded, alphabets)

@@ -62,7 +62,7 @@ class _train_here:
         self.status = 0
         try:
             report(train_run(name, folder, as_recorded))
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             self.status = 1
 

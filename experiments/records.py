@@ -76,7 +76,8 @@ def read_record(name, folder=None):
     are not shipped, so they may be missing.
     """
     run, path, weights = get(name), record_path(name, folder), weights_path(name, folder)
-    again = f"train it again: python -m experiments run {name} --force"
+    into = "" if folder in (None, SHIPPED) else f" --into {folder}"
+    again = f"train it again: python -m experiments run {name} --force{into}"
     try:
         record = json.loads(path.read_text())
         differ = _differences(record["config"], config_of(run), config_of(Run("", "")))

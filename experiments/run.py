@@ -1,6 +1,7 @@
 """How a run is trained, recorded, resumed and loaded."""
 
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,7 +48,8 @@ def train_run(name, folder=SHIPPED, as_recorded=False):
     device = next(net.parameters()).device
     if run.start_from is not None:
         start_sha256 = _load_parent(run.start_from, net, folder, name)
-        fit_quantizers(net)  # a parent's steps belong to its own width
+        if _grid(get(run.start_from)) != _grid(run):
+            fit_quantizers(net)  # a parent's steps belong to its own levels
     if run.teacher is not None:
         teacher = build(run.teacher)
         teacher_sha256 = _load_parent(run.teacher, teacher, folder, name)
@@ -57,9 +59,10 @@ def train_run(name, folder=SHIPPED, as_recorded=False):
     execution = _execution(run, net, len(data.train_images), state_path, folder, as_recorded)
     tag = {"config": config_of(run), "start_from_sha256": start_sha256,
            "teacher_sha256": teacher_sha256, "execution": vars(execution)}
-    history, best_state = train_utils.fit(
-        net, run.recipe, data, pruning=run.pruning, teacher=teacher, seed=run.seed,
-        execution=execution, journal=Journal(name, state_path, tag))
+    with execution.in_its_threads():
+        history, best_state = train_utils.fit(
+            net, run.recipe, data, pruning=run.pruning, teacher=teacher, seed=run.seed,
+            execution=execution, journal=Journal(name, state_path, tag))
     if run.keep == "best":
         net.load_state_dict(best_state)
     save_weights(net, weights_path(name, folder))
@@ -69,17 +72,32 @@ def train_run(name, folder=SHIPPED, as_recorded=False):
     return record
 
 
+def _grid(run):
+    return run.Nbits, run.symmetric, run.quantizer
+
+
 def _execution(run, net, n_images, state_path, folder, as_recorded):
-    """Return how to train: as begun, else as recorded, if wished, else as is fastest."""
+    """Return how to train: as begun, else as recorded, if wished, else as is fastest.
+
+    Raises RecordError if it is wished and has begun in another way.
+    """
+    begun = recorded = None
     if state_path.exists():
-        return Execution(**(read_state(state_path)["tag"] or {}).get("execution", {}))
+        begun = Execution(**(read_state(state_path)["tag"] or {}).get("execution", {}))
     if as_recorded:
         record = read_record(run.name, folder) or read_record(run.name)
         if record is None:
             raise RecordError(f"{run.name} has no record to run as: it is {not_trained(run.name)}")
-        return Execution(**record["execution"])
-    recipe = run.recipe
-    return fastest(net, recipe.batch_size, recipe.epochs * n_images // recipe.batch_size)
+        recorded = Execution(**record["execution"])
+        if begun not in (None, recorded):
+            raise RecordError(f"{run.name} has begun as {begun}, not as recorded, {recorded}; "
+                              f"remove {state_path}")
+    if begun or recorded:
+        return begun or recorded
+    size, epochs = run.recipe.batch_size, run.recipe.epochs
+    on_cpu = next(net.parameters()).device.type == "cpu"
+    return replace(fastest(net, size, epochs * n_images // size),
+                   threads=torch.get_num_threads() if on_cpu else None)
 
 
 def _record(run, net, data, history, tag, folder):
@@ -91,8 +109,7 @@ def _record(run, net, data, history, tag, folder):
     loss, accuracy = train_utils.evaluate(net, data)
     seconds = sum(entry["seconds"] for entry in history)
     device = data.train_images.device
-    kind = (torch.cuda.get_device_name(device) if device.type == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads")
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {"name": run.name,
             **tag,
             "test_loss": loss,
@@ -118,9 +135,9 @@ def _load_parent(name, net, folder, wanted_by):
             load_weights(net, weights)
             return record["weights_sha256"]
     if any(read_record(name, place) for place in (folder, SHIPPED)):
-        raise RecordError(f"{wanted_by} starts from {name}, whose weights are not shipped: "
+        raise RecordError(f"{wanted_by} needs {name}, whose weights are not shipped: "
                           f"python -m experiments run {name} --force")
-    raise RecordError(f"{wanted_by} starts from {name}, which is {not_trained(name)}")
+    raise RecordError(f"{wanted_by} needs {name}, which is {not_trained(name)}")
 
 
 _retrained_here = set()  # runs that RETRAIN=1 has trained in this process: once each
@@ -155,7 +172,7 @@ def load_checkpoint(checkpoint, Nbits=None, symmetric=False, quantizer=None):
     weights are taken as they are. Raises ValueError for an unknown name, and as load_weights does.
     """
     if Nbits is None and (symmetric or quantizer is not None):
-        raise ValueError("bits must be given where symmetric or quantizer is, got None")
+        raise ValueError("Nbits must be given where symmetric or quantizer is, got None")
     name, path = str(checkpoint), Path(checkpoint)
     if path.suffix != ".pt":
         path = weights_path(name)

@@ -99,7 +99,7 @@ def read(data, expected):
     """Return (number of layers, coder, float bits, {section: bytes}, [Part]) of a file's bytes.
 
     expected(num_layers): {name: shape} of a net's tensors, in order. Raises CompressionError for
-    anything that `write` does not write; nothing is allocated before its size is checked.
+    bytes that are damaged or of another format; nothing is allocated before its size is checked.
     """
     reader = ByteReader(data, "the file")
     magic, version, crc = START.unpack(reader.take(START.size))

@@ -151,8 +151,8 @@ def decompress(data):
     """Return the net in the bytes `data` of a file: a float ResNetCIFAR on the CPU, in eval mode.
 
     Its weights are the quantized ones, and its BatchNorms hold scale and shift with neutral
-    statistics: it is meant for evaluation. Raises CompressionError for what compress does not
-    write, in time and memory bounded by those of the deepest net, whatever `data` holds.
+    statistics: it is meant for evaluation. Raises CompressionError for bytes that are damaged or of
+    another format, in time and memory bounded by those of the deepest net, whatever `data` holds.
     """
     num_layers, _, _, _, parts = container.read(bytes(data), _expected)
     net = ResNetCIFAR(num_layers).eval()

@@ -26,13 +26,19 @@ def check_names(student, netid):
 def hand_in(source, out, student, netid):
     """Write the report and two executed notebooks from the folder `source` into the folder `out`.
 
-    `out` is made anew, once all three are there. Returns the names of the files. Raises ReportError
-    without a name or a NetID, for a notebook that is not executed, and if `out` cannot be written.
+    An earlier hand-in there is replaced, once all three are there. Returns the names of the files.
+    Raises ReportError without a name or a NetID, for a notebook that is not executed, if `out`
+    holds anything else, and if it cannot be written.
     """
     check_names(student, netid)
     for name in NOTEBOOKS:
         read_cells(Path(source) / name)
     out = Path(out)
+    other = sorted({path.name for path in out.iterdir()} - {"report.pdf", *NOTEBOOKS}
+                   if out.is_dir() else ())
+    if other:
+        raise ReportError(f"{out} holds {other[0]}, which is not of a hand-in; move it, or name "
+                          "another folder with --out")
     try:
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".handin-") as folder:
             export("report.pdf", source, Path(folder) / "report.pdf", student=student, netid=netid,

@@ -48,10 +48,12 @@ def raw(kind, text):
 
 def pandoc(text, source, target):
     """Return text converted. Raises Refusal even on a warning, as for an unreadable formula."""
-    # With many columns, tables get no widths of pandoc's.
+    # With many columns, tables get no widths of pandoc's. To verify the formats, which are ours,
+    # is to start pandoc twice more.
     arguments = ["--wrap=none", "--columns=100000", "--fail-if-warnings"]
     try:
-        return pypandoc.convert_text(text, target, source, extra_args=arguments)
+        return pypandoc.convert_text(text, target, source, extra_args=arguments,
+                                     verify_format=False)
     except RuntimeError as error:
         message = without_marks(str(error))
         raise Refusal(f"pandoc refused it, mend it in the notebook: {message}") from error

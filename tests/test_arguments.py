@@ -18,7 +18,7 @@ from FP_layers import STE, FP_Conv, FP_Linear, Learned, MinMax, check_n_bits, co
 from pruning import global_prune_by_percentage, prune_by_percentage
 from resnet20 import ResNet_Block, ResNetCIFAR
 from train_utils import evaluate, finetune, fit, train
-from training.batches import Batches, random_crop_flip
+from training.batches import Batches
 from training.distillation import Distillation, MovingAverage
 from training.execution import seconds_a_step
 from training.journal import Journal
@@ -69,7 +69,7 @@ RECIPE = {
     "lr": (no_rate, "a finite number >= 0"),
     "muon_lr": (no_rate, "a finite number >= 0"),
     "weight_decay": (no_rate, "a finite number >= 0"),
-    "temperature": (no_rate, "a finite number >= 0"),
+    "temperature": (no_rate | st.just(0), "a finite number above 0"),
     "momentum": (no_decay, "a number from 0 to below 1"),
     "warmup": (no_decay, "a number from 0 to below 1"),
     "average": (no_decay, "a number from 0 to below 1"),
@@ -130,8 +130,6 @@ CASES = [
      "an integer >= 0"),
     ("Batches epoch", lambda v: Batches(IMAGES, LABELS, 2, epoch=v), "epoch", no_count,
      "a positive integer"),
-    ("random_crop_flip", lambda v: random_crop_flip(IMAGES, torch.Generator(), v), "padding",
-     no_natural, "an integer >= 0"),
     ("hold_out", lambda v: hold_out(DATA, v), "n", st.one_of(no_count, st.integers(4)),
      "an integer from 1"),
     ("prune_by_percentage", lambda v: prune_by_percentage(NET.final_fc, v), "q", no_percentage,

@@ -9,7 +9,7 @@ from scipy import stats
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from training.batches import Batches, normalize, random_crop_flip
+from training.batches import Batches, _crop_flip, _draw, normalize
 from training.recipe import Recipe
 
 
@@ -27,9 +27,14 @@ def test_normalize_equals_torchvision(cifar):
     torch.testing.assert_close(normalize(images), expected, rtol=0, atol=2e-6)
 
 
+def crop_flip(images, seed):
+    drawn = _draw(len(images), torch.Generator().manual_seed(seed))
+    return _crop_flip(images, *(tensor.to(images.device) for tensor in drawn))
+
+
 def test_each_augmented_image_is_one_of_torchvisions_crops_and_flips(cifar):
     images = cifar.train_images[:300]
-    augmented = random_crop_flip(images, torch.Generator().manual_seed(0))
+    augmented = crop_flip(images, 0)
     padded = TF.pad(images, 4)
     found = torch.zeros(len(images), dtype=torch.bool)
     for top in range(9):
@@ -44,7 +49,7 @@ def test_offsets_and_flips_are_uniform_and_independent():
     """Pixels that hold their own coordinates tell which of the 162 outcomes each image got."""
     row, column = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
     images = torch.stack([row, column]).to(torch.uint8).expand(162 * 100, 2, 32, 32)
-    augmented = random_crop_flip(images, torch.Generator().manual_seed(0)).long()
+    augmented = crop_flip(images, 0).long()
     flipped = augmented[:, 1, 16, 17] < augmented[:, 1, 16, 16]
     top = augmented[:, 0, 16, 16] - 12
     left = augmented[:, 1, 16, 16] - torch.where(flipped, 11, 12)
@@ -114,10 +119,7 @@ def test_images_without_labels_are_refused(small_cifar):
 @pytest.mark.parametrize("augment", [True, Recipe(flip="alternating", cutout=8)], ids=str)
 def test_one_seed_gives_one_augmentation_on_every_device(small_cifar, augment):
     images, labels = small_cifar.train_images, small_cifar.train_labels
-    on_cpu = random_crop_flip(images, torch.Generator().manual_seed(7))
-    assert torch.equal(
-        random_crop_flip(images.cuda(), torch.Generator().manual_seed(7)).cpu(), on_cpu
-    )
+    assert torch.equal(crop_flip(images.cuda(), 7).cpu(), crop_flip(images, 7))
     ours = Batches(images, labels, 100, 3, 2, augment)
     theirs = Batches(images.cuda(), labels.cuda(), 100, 3, 2, augment)
     for (x, y), (gpu_x, gpu_y) in zip(ours, theirs, strict=True):

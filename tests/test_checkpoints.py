@@ -153,8 +153,9 @@ def test_a_state_with_another_tag_is_refused(net, data, tmp_path):
     lambda path, state: path.write_bytes(b"PK\3\4"),
     lambda path, state: torch.save(state | {"net": {}}, path),
     lambda path, state: torch.save({k: v for k, v in state.items() if k != "optimizer"}, path),
+    lambda path, state: torch.save(state | {"optimizer": {"state": {}, "param_groups": []}}, path),
     lambda path, state: torch.save([state], path),
-], ids=["no archive", "no weights", "no optimizer", "list"])
+], ids=["no archive", "no weights", "no optimizer", "of another optimizer", "list"])
 def test_a_damaged_state_is_refused(net, data, tmp_path, damage):
     path = tmp_path / "state.pt"
     keep_one_epoch(path, data)

@@ -28,7 +28,7 @@ def run(source, out, *options):
 
 def test_three_files_and_a_word_about_zips(source, tmp_path, capsys):
     (tmp_path / "handin").mkdir()
-    (tmp_path / "handin" / "old.zip").write_bytes(b"old")
+    (tmp_path / "handin" / "report.pdf").write_bytes(b"old")
     assert run(source, tmp_path / "handin") == 0
     assert sorted(path.name for path in (tmp_path / "handin").iterdir()) == NAMES
     assert PdfReader(tmp_path / "handin" / "report.pdf").metadata.author == "Ada Lovelace"
@@ -45,6 +45,16 @@ def test_without_a_name_it_refuses(source, tmp_path, monkeypatch, capsys, variab
     assert run(source, tmp_path / "handin", *options) == 1
     assert "make handin STUDENT=" in capsys.readouterr().err
     assert not (tmp_path / "handin").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(source, tmp_path, capsys):
+    """As the repository is, or a desktop."""
+    (tmp_path / "desktop" / "letters").mkdir(parents=True)
+    (tmp_path / "desktop" / "report.pdf").write_bytes(b"mine")
+    assert run(source, tmp_path / "desktop") == 1
+    assert "desktop holds letters, which is not of a hand-in" in capsys.readouterr().err
+    assert (tmp_path / "desktop" / "letters").is_dir()
+    assert (tmp_path / "desktop" / "report.pdf").read_bytes() == b"mine"
 
 
 def test_a_notebook_that_was_not_executed_keeps_the_old_hand_in(source, tmp_path, capsys):

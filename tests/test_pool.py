@@ -201,6 +201,14 @@ def test_with_one_job_a_failure_leaves_the_others_to_be_trained(
     assert lines.err.count("error: ") == 1 and "quantized: left out" in lines.out
 
 
+def test_with_one_job_a_training_that_diverges_stops_no_other(tiny_runs, capsys):
+    redefine("pretrain", recipe={"lr": 1e20})
+    redefine("iterative", start_from=None)
+    assert pool.run(["pretrain", "iterative"], records.SHIPPED, jobs=1) == 1
+    assert "NaN or infinite; lr=1e+20 may be too large" in capsys.readouterr().err
+    assert records.read_record("iterative") and not records.read_record("pretrain")
+
+
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     """Python is a script that notes how it is called and waits; returns the path of its note."""

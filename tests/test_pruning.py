@@ -197,7 +197,7 @@ def test_before_each_epoch_it_is_pruned_as_planned(net, method, epochs, percenta
 def test_without_a_method_nothing_is_pruned(net):
     before = state_of(net)
     for epoch in (1, 2, 10):
-        prune_before_epoch(net, Pruning(None, 80, 2), epoch)
+        prune_before_epoch(net, Pruning(None, 0, 2), epoch)
     assert same(net.state_dict(), before)
 
 

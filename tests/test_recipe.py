@@ -90,6 +90,14 @@ def test_a_bad_field_is_refused_by_name(argument, value):
         dataclasses.replace(Recipe(), **{argument: value})
 
 
+def test_muon_needs_a_rate_and_a_percentage_a_method():
+    with pytest.raises(ValueError, match="^muon_lr must be a finite number above 0, got 0.0"):
+        Recipe(optimizer="muon")
+    with pytest.raises(ValueError, match="^method must be 'layer' or 'global', got None"):
+        Pruning(q=70.0)
+    assert Recipe(optimizer="muon", muon_lr=0.01) and Pruning("layer", 70.0)
+
+
 @pytest.mark.parametrize("argument, value", [
     ("method", "random"), ("q", -1), ("q", 100.5), ("q", math.nan), ("epochs", -1),
     ("epochs", 1.5), ("hold_zeros", 1),

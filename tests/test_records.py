@@ -72,6 +72,14 @@ def without_hash():
     alter_record(json.dumps(record))
 
 
+def test_what_does_not_fit_in_a_folder_is_trained_again_in_it(tiny_runs, tmp_path):
+    folder = tmp_path / "into"
+    run.train_run("pretrain", folder)
+    redefine("pretrain", recipe={"lr": 0.5})
+    with pytest.raises(records.RecordError, match=f"run pretrain --force --into {folder}$"):
+        records.read_record("pretrain", folder)
+
+
 @pytest.mark.parametrize("damage, complaint", [
     (lambda: redefine("pretrain", recipe={"lr": 0.5}),
      r"another config .*: \{'recipe.lr': \(0.01, 0.5\)\}; train it again: .* run pretrain --force"),

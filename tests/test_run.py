@@ -1,5 +1,7 @@
 """What becomes of a run: trained, resumed to the same bits, loaded, retrained."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -164,6 +166,21 @@ def test_a_child_with_a_learned_step_fits_it_to_its_own_width(pretrained):
     assert not torch.equal(parent.quantizer.step, fitted)
 
 
+def test_a_child_of_the_same_width_keeps_its_parents_trained_steps(pretrained):
+    """With a rate of zero nothing else moves them."""
+    frozen = dict(quantizer="learned", Nbits=2)
+    redefine("iterative", **frozen, recipe={"lr": 0.1})
+    redefine("quantized", **frozen, recipe={"epochs": 1, "lr": 0.0, "weight_decay": 0.0})
+    run.train_run("iterative")
+    run.train_run("quantized")
+    trained, kept = (run.load_or_train(name)[0].body_op[0].conv1[0]
+                     for name in ("iterative", "quantized"))
+    step = trained.quantizer.step.detach().clone()
+    assert torch.equal(kept.quantizer.step, step)
+    trained.fit_quantizer()
+    assert not torch.equal(trained.quantizer.step, step)
+
+
 def test_distillation_is_from_the_teacher_and_recorded(pretrained):
     redefine("iterative", teacher="pretrain", recipe={"distill": 0.5, "epochs": 2})
     record = run.train_run("iterative")
@@ -176,7 +193,7 @@ def test_distillation_is_from_the_teacher_and_recorded(pretrained):
 def test_a_run_without_its_parent_says_what_to_train_first(tiny_runs):
     with pytest.raises(
         records.RecordError,
-        match="iterative starts from pretrain.*python -m experiments run pretrain",
+        match="iterative needs pretrain.*python -m experiments run pretrain",
     ):
         run.train_run("iterative")
 
@@ -186,7 +203,7 @@ def test_a_run_whose_parents_weights_are_not_shipped_says_how_to_make_them(pretr
     run.train_run("pretrain")
     records.weights_path("pretrain").unlink()
     with pytest.raises(
-        records.RecordError, match="iterative starts from pretrain, whose .*run pretrain --force"
+        records.RecordError, match="iterative needs pretrain, whose .*run pretrain --force"
     ):
         run.train_run("iterative")
     run.train_run("pretrain")
@@ -265,15 +282,25 @@ def test_the_fastest_execution_is_taken_for_all_steps_and_recorded(tiny_runs, mo
     redefine("pretrain", recipe={"epochs": 2})
     record = run.train_run("pretrain")
     assert [(batch_size, steps) for _, batch_size, steps in asked] == [(32, 4)]
-    assert record["execution"] == {"bf16": True, "compile": False}
+    threads = torch.get_num_threads()
+    assert record["execution"] == {"bf16": True, "compile": False, "threads": threads}
     fastest_is(FLOAT32, monkeypatch)
     other = run.train_run("pretrain")
-    assert other["execution"] == {"bf16": False, "compile": False}
+    assert other["execution"] == {"bf16": False, "compile": False, "threads": threads}
     assert other["weights_sha256"] != record["weights_sha256"]
 
 
+@pytest.fixture
+def threads():
+    """Afterwards as many as before: two, with which sums are taken otherwise than with three."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
+
+
 def test_a_resumed_run_keeps_the_execution_it_began_with(
-    tiny_runs, break_in_epoch, monkeypatch, tmp_path
+    tiny_runs, break_in_epoch, monkeypatch, tmp_path, threads
 ):
     break_in, mend = break_in_epoch
     redefine("pretrain", recipe={"epochs": 2})
@@ -284,15 +311,19 @@ def test_a_resumed_run_keeps_the_execution_it_began_with(
         run.train_run("pretrain")
     mend()
     fastest_is(FLOAT32, monkeypatch)
+    torch.set_num_threads(threads + 1)
     record = run.train_run("pretrain")
-    assert record["execution"] == unbroken["execution"] == {"bf16": True, "compile": False}
+    assert torch.get_num_threads() == threads + 1
+    assert record["execution"] == unbroken["execution"] == vars(replace(BF16, threads=threads))
     assert record["weights_sha256"] == unbroken["weights_sha256"]
 
 
-def test_as_recorded_the_same_bytes_come_out_again(tiny_runs, monkeypatch, tmp_path):
+def test_as_recorded_the_same_bytes_come_out_again(tiny_runs, monkeypatch, tmp_path, threads):
     """Whatever is the fastest by then; from the record of the folder, or else the shipped one."""
     fastest_is(BF16, monkeypatch)
     first = run.train_run("pretrain")
+    torch.set_num_threads(threads + 1)
+    assert run.train_run("pretrain", tmp_path / "b")["weights_sha256"] != first["weights_sha256"]
     fastest_is(None, monkeypatch)
     for folder in (records.SHIPPED, tmp_path / "again"):
         record = run.train_run("pretrain", folder, as_recorded=True)
@@ -305,6 +336,21 @@ def test_as_recorded_the_same_bytes_come_out_again(tiny_runs, monkeypatch, tmp_p
     own = run.train_run("pretrain", tmp_path / "again")
     fastest_is(None, monkeypatch)
     assert run.train_run("pretrain", tmp_path / "again", True)["execution"] == own["execution"]
+
+
+def test_what_has_begun_otherwise_cannot_run_as_recorded(tiny_runs, break_in_epoch, monkeypatch):
+    break_in, _ = break_in_epoch
+    fastest_is(BF16, monkeypatch)
+    run.train_run("pretrain")
+    fastest_is(FLOAT32, monkeypatch)
+    redefine("pretrain", recipe={"epochs": 2})
+    break_in(2)
+    with pytest.raises(KeyboardInterrupt):
+        run.train_run("pretrain")
+    redefine("pretrain", recipe={"epochs": 1})
+    with pytest.raises(records.RecordError, match="begun as .*bf16=False.*, not as recorded, "
+                                                  ".*bf16=True.*remove .*pretrain.resume.pt"):
+        run.train_run("pretrain", as_recorded=True)
 
 
 def test_what_was_never_recorded_cannot_run_as_recorded(tiny_runs):

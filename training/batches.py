@@ -7,7 +7,9 @@ import torch
 from arguments import COUNT, NATURAL, check
 from cifar10 import MEAN, STD
 
-__all__ = ["Batches", "normalize", "random_crop_flip"]
+__all__ = ["Batches", "normalize"]
+
+PADDING = 4  # pixels by which an image is shifted at most; the assignment's
 
 
 def normalize(images):
@@ -24,31 +26,26 @@ def _per_channel(values, device):
     return torch.tensor(values, device=device).view(1, 3, 1, 1) * 255
 
 
-def random_crop_flip(images, generator, padding=4):
-    """Return each image shifted by up to `padding` pixels and mirrored with probability 1/2.
+def _draw(n, generator):
+    """Return n random shifts (2, n, 1), down and right, and n times whether to mirror, (n, 1).
 
-    images is (N, C, H, W) of any dtype; `generator` is a CPU torch.Generator, so one seed gives one
-    augmentation on every device. The distribution is torchvision's RandomCrop(H, padding) followed
-    by RandomHorizontalFlip. Raises ValueError if padding is not an integer >= 0.
+    `generator` is a CPU torch.Generator, so one seed gives one augmentation on every device.
     """
-    check(NATURAL, padding=padding)
-    shifts, flips = _draw(len(images), generator, padding)
-    return _crop_flip(images, shifts.to(images.device), flips.to(images.device), padding)
-
-
-def _draw(n, generator, padding=4):
-    """Return n random shifts (2, n, 1), down and right, and n times whether to mirror, (n, 1)."""
-    shifts = torch.randint(0, 2 * padding + 1, (2, n, 1), generator=generator)
+    shifts = torch.randint(0, 2 * PADDING + 1, (2, n, 1), generator=generator)
     return shifts, torch.rand((n, 1), generator=generator) < 0.5
 
 
-def _crop_flip(images, shifts, flips, padding=4):
+def _crop_flip(images, shifts, flips):
+    """Return images (N, C, H, W), of any dtype, shifted and mirrored as _draw has drawn.
+
+    The distribution is torchvision's RandomCrop(H, PADDING) followed by RandomHorizontalFlip.
+    """
     n, _, height, width = images.shape
     device = images.device
     rows = shifts[0] + torch.arange(height, device=device)
     columns = torch.arange(width, device=device).expand(n, width)
     columns = shifts[1] + torch.where(flips, width - 1 - columns, columns)
-    padded = torch.nn.functional.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
+    padded = torch.nn.functional.pad(images, (PADDING,) * 4).permute(0, 2, 3, 1)
     image = torch.arange(n, device=device).view(n, 1, 1)
     return padded[image, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2).contiguous()
 

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,13 +24,15 @@ LONG = 1000  # steps from which on a run gains more than the choice and a compil
 
 @dataclass(frozen=True)
 class Execution:
-    """How a net is computed: bf16, under bfloat16 autocast; compile, by torch.compile.
+    """How a net is computed: bf16, under bfloat16 autocast; compile, by torch.compile; threads.
 
-    Weights stay float32.
+    Weights stay float32. threads: of a CPU, as many as PyTorch would take if None; they decide in
+    which order sums are taken, and with it the last bits.
     """
 
     bf16: bool = False
     compile: bool = False
+    threads: int | None = None
 
     def of(self, net):
         """Return a function that maps images, (B, 3, 32, 32), to the net's logits, float32."""
@@ -42,6 +45,16 @@ class Execution:
                 return run(images).float()
 
         return forward
+
+    @contextmanager
+    def in_its_threads(self):
+        """A context in which PyTorch computes with so many threads."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 class _CompiledForOneSize:
@@ -118,7 +131,7 @@ def seconds_a_step(net, batch_size, how=Execution(), steps=4):
 def has_bf16(device):
     """Return whether the hardware of `device` multiplies bfloat16; else it would be slower."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, test, lambda: False)() for test in tests)
 

@@ -99,11 +99,11 @@ class Journal:
         try:
             if state["tag"] != self.tag:
                 raise ValueError("it was written by a run with another config")
-            with LastWholeEpoch(self.net):  # what fits of another net is not left loaded
+            with LastWholeEpoch(self.net):  # what does not fit as a whole is not left loaded
                 self.net.load_state_dict(state["net"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.average is not None:
-                self.average.load_state_dict(state["average"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                if self.average is not None:
+                    self.average.load_state_dict(state["average"])
         except Exception as error:
             raise cannot_resume(self.state_path, error) from error
         self.history, self.best = state["history"], state["best"]

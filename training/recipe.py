@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from arguments import BELOW_ONE, COUNT, FRACTION, NATURAL, PERCENTAGE, RATE, check
+from arguments import BELOW_ONE, COUNT, FRACTION, NATURAL, PERCENTAGE, POSITIVE, RATE, check
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Recipe:
         check(RATE, lr=self.lr, muon_lr=self.muon_lr, weight_decay=self.weight_decay)
         check(BELOW_ONE, momentum=self.momentum, warmup=self.warmup, average=self.average)
         check(FRACTION, distill=self.distill)
-        check(RATE, temperature=self.temperature)
+        check(POSITIVE, temperature=self.temperature)
         check((True, False), nesterov=self.nesterov)
         check(("sgd", "muon"), optimizer=self.optimizer)
         check(("constant", "step", "cosine"), schedule=self.schedule)
         check(("random", "alternating"), flip=self.flip)
-        if self.temperature == 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature!r}")
+        if self.optimizer == "muon":
+            check(POSITIVE, muon_lr=self.muon_lr)
 
     def rate(self, progress):
         """Return the rate as a fraction of its peak at `progress`, the fraction of steps done."""
@@ -69,8 +69,8 @@ class Pruning:
     hold_zeros: bool = True  # weights that are zero stay zero, from the last pruning on
 
     def __post_init__(self):
-        check((None, "layer", "global"), method=self.method)
         check(PERCENTAGE, q=self.q)
+        check(("layer", "global") if self.q else (None, "layer", "global"), method=self.method)
         check(NATURAL, epochs=self.epochs)
         check((True, False), hold_zeros=self.hold_zeros)
 
