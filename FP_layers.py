@@ -48,7 +48,11 @@ def check_n_bits(Nbits, symmetric=False):
 
 
 class STE(torch.autograd.Function):
-    """Quantize w to 2^bit levels (bit=None: not at all); pass the gradient straight through.
+    """Quantize w to 2^bit levels, symmetric ones to 2^bit - 1; pass the gradient straight through.
+
+    STE.apply(w, bit, symmetric) returns a tensor of w's shape and dtype; bit=None: w as it is, 0:
+    zeros. Raises TypeError or ValueError for bits out of range, TypeError for a tensor of integers,
+    and, on a CPU, ValueError for values that are not finite.
 
     Source: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
     """

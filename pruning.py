@@ -30,7 +30,7 @@ def percentile(magnitudes, q):
     """
     check(PERCENTAGE, q=q)
     if not torch.isfinite(magnitudes).all():
-        raise ValueError("weights must be finite to be ranked, got NaN or infinite ones")
+        raise ValueError("magnitudes must be finite to be ranked, got NaN or infinite ones")
     ordered = magnitudes.flatten().sort().values
     return ordered[math.floor(float(q) * (len(ordered) - 1) / 100)]
 
@@ -85,7 +85,10 @@ def weight_masks(net):
 
 
 def apply_masks(net, masks):
-    """Multiply the weights of the prunable layers by `masks` (from weight_masks), in place."""
+    """Multiply the weights of the prunable layers by `masks` (from weight_masks), in place.
+
+    Raises ValueError if the masks are those of other layers.
+    """
     layers = dict(prunable_layers(net))
     if layers.keys() != masks.keys():
         raise ValueError("masks must name the net's prunable layers, got "
@@ -95,7 +98,10 @@ def apply_masks(net, masks):
 
 
 def sparsity(module):
-    """Return the fraction of exactly zero weights, 0 to 1, over all prunable layers of `module`."""
+    """Return the fraction of exactly zero weights, 0 to 1, over all prunable layers of `module`.
+
+    Raises ValueError if it has none.
+    """
     layers = prunable_layers(module)
     if not layers:
         raise ValueError("module has no conv or linear layer")

@@ -23,7 +23,11 @@ __all__ = ["train", "finetune", "finetune_after_prune", "test", "evaluate", "fit
 
 
 def train_epoch(net, batches, optimizer, criterion, masks=None, forward=None):
-    """Train `net`, in place, on one pass over `batches`; return its (mean loss, accuracy)."""
+    """Train `net`, in place, on one pass over `batches`; return (mean loss, accuracy, a fraction).
+
+    masks: of pruning.weight_masks, kept after each step; forward: maps images to logits, the net if
+    None. Raises ValueError if there is no batch.
+    """
     device = next(net.parameters()).device
     forward = net if forward is None else forward
     total_loss, correct, seen = 0, 0, 0

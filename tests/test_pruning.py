@@ -234,7 +234,7 @@ def test_any_real_number_is_a_percentage(prune_it, number):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(prune_it, poison):
     layer = linear([1, 2, poison, 3])
-    with pytest.raises(ValueError, match="weights must be finite"):
+    with pytest.raises(ValueError, match="magnitudes must be finite"):
         prune_it(layer, 50)
     assert layer.weight[0, :2].tolist() == [1, 2]
 

@@ -15,7 +15,7 @@ class Distillation:
     """A loss against labels and a teacher: (1 - w) CE(z, y) + w T^2 KL(teacher(x) / T || z / T).
 
     teacher: maps images (B, 3, 32, 32) to logits (B, classes), or None, and the loss is CE(z, y);
-    w: the weight, 0 to 1; T: the temperature, above 0. T^2 keeps the size of the gradients. Use it
+    weight: w, 0 to 1; temperature: T, above 0. T^2 keeps the size of the gradients. Use it
     as
 
         for x, y in distillation.taught(batches):
@@ -26,9 +26,9 @@ class Distillation:
     """
 
     def __init__(self, teacher, weight, temperature=1.0):
-        check(FRACTION, distill=weight)
+        check(FRACTION, weight=weight)
         if bool(weight) != (teacher is not None):
-            raise ValueError("distill must be above 0 with a teacher and 0 without one, "
+            raise ValueError("weight must be above 0 with a teacher and 0 without one, "
                              f"got {weight!r} and teacher={type(teacher).__name__}")
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
 
