@@ -33,7 +33,8 @@ GLOBAL = Pruning("global", 70.0, epochs=10)
 SGD = Recipe(batch_size=128, lr=0.2, schedule="cosine", warmup=0.1, momentum=0.9, nesterov=True,
              weight_decay=5e-4, test_every=5)
 MUON = replace(SGD, optimizer="muon", muon_lr=0.03, lr=0.1)
-DISTILLED = dict(distill=0.7, temperature=4.0)
+FLOAT = replace(MUON, distill=0.7, temperature=4.0)
+FLOAT_ON = replace(FLOAT, muon_lr=0.015, lr=0.05)  # on from what FLOAT has reached
 
 # The improved runs: as many epochs as assigned, the last one kept.
 FINE_SGD = Recipe(batch_size=128, lr=0.05, schedule="cosine", warmup=0.05, momentum=0.9,
@@ -93,7 +94,7 @@ FLOAT_PARTS = (  # name, what, recipe, with a teacher
     ("flip", "Muon, alternating flip", replace(MUON, flip="alternating")),
     ("cutout", "Muon, cutout of 16 pixels", replace(MUON, cutout=16)),
     ("average", "Muon, averaged weights", replace(MUON, average=0.999)),
-    ("distill", "Muon, distillation at temperature 4", replace(MUON, **DISTILLED)),
+    ("distill", "Muon, distillation at temperature 4", FLOAT),
 )
 TWO_BIT_PARTS = (
     ("sgd", "SGD, distillation at temperature 1", FINE_SGD),
@@ -107,15 +108,15 @@ def _ablation_runs():
         yield Run(f"ablation_float_{part}", f"float model, 20 epochs: {what}", start_from=None,
                   recipe=replace(recipe, epochs=20),
                   teacher="ablation_float_muon" if recipe.distill else None, **ABLATION)
-    second = replace(MUON, epochs=20, **DISTILLED)  # what a second training adds
     yield Run("ablation_float_again", "float model, 20 epochs: Muon, distilled from the last one",
-              start_from=None, recipe=second, teacher="ablation_float_distill", **ABLATION)
+              start_from=None, recipe=replace(FLOAT, epochs=20), teacher="ablation_float_distill",
+              **ABLATION)
     yield Run("ablation_float_on", "float model, 20 epochs on from that one, at half its rates",
               start_from="ablation_float_distill", teacher="ablation_float_distill",
-              recipe=replace(second, muon_lr=0.015, lr=0.05), **ABLATION)
+              recipe=replace(FLOAT_ON, epochs=20), **ABLATION)
     yield Run("ablation_float_on_cutout", "the same with cutout of 16 pixels",
               start_from="ablation_float_distill", teacher="ablation_float_distill",
-              recipe=replace(second, muon_lr=0.015, lr=0.05, cutout=16), **ABLATION)
+              recipe=replace(FLOAT_ON, epochs=20, cutout=16), **ABLATION)
     for part, what, recipe in TWO_BIT_PARTS:
         yield Run(f"ablation_2bit_{part}", f"2-bit weights, 20 epochs: {what}",
                   start_from="ablation_float_muon", Nbits=2, quantizer="learned", recipe=recipe,
@@ -152,8 +153,11 @@ def _earlier_ablation_runs():
 RUNS = {run.name: run for run in (
     Run("teacher", "the teacher of the float model", start_from=None, keep="last",
         recipe=replace(SGD, epochs=50)),
-    Run("pretrain", "Lab 2 (a): the float model, from scratch", start_from=None, keep="last",
-        recipe=replace(MUON, epochs=100, **DISTILLED), teacher="teacher"),
+    Run("pretrain_first", "the float model after its first training", start_from=None, keep="last",
+        recipe=replace(FLOAT, epochs=100), teacher="teacher"),
+    Run("pretrain", "Lab 2 (a): the float model, from scratch", start_from="pretrain_first",
+        keep="last", recipe=replace(FLOAT_ON, epochs=100), teacher="pretrain_first",
+        seed=10),  # other orders and crops than in its first training
     *_assigned_runs(),
     *_improved_runs(),
     *_earlier_ablation_runs(),
