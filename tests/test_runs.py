@@ -68,15 +68,16 @@ def test_the_assigned_runs_have_the_assigned_recipe(name):
     assert {key: found["pruning"][key] for key in pruning} == pruning
 
 
-def test_pretraining_starts_from_scratch_and_ships_its_last_epoch():
-    run = get("pretrain")
-    assert (run.start_from, run.Nbits, run.pruning.method, run.keep) == (None, None, None, "last")
-
-
-def test_the_float_model_learns_from_one_that_learned_from_none():
-    pretrain, teacher = get("pretrain"), get("teacher")
-    assert pretrain.teacher == "teacher" and pretrain.recipe.distill > 0
-    assert (teacher.start_from, teacher.teacher, teacher.Nbits) == (None, None, None)
+def test_the_float_model_is_made_from_nothing_and_ships_its_last_epoch():
+    """Its first training learns from a model that learned from none, its second from the first."""
+    chain = {"teacher": (None, None), "pretrain_first": (None, "teacher"),
+             "pretrain": ("pretrain_first", "pretrain_first")}
+    for name, origin in chain.items():
+        run = get(name)
+        assert (run.start_from, run.teacher) == origin
+        assert (run.Nbits, run.pruning.method, run.keep, run.held_out) == (None, None, "last", 0)
+        assert bool(run.recipe.distill) == (run.teacher is not None)
+    assert get("pretrain").seed != get("pretrain_first").seed  # other orders and crops
 
 
 def test_the_smallest_files_prune_further_step_by_step():
@@ -112,7 +113,7 @@ def test_every_reference_has_its_run():
 
 def test_an_unknown_run_is_refused_with_the_names_there_are():
     with pytest.raises(
-        ValueError, match="name must be one of teacher, pretrain, lab2c_oneshot.*got 'lab2f'"
+        ValueError, match="name must be one of teacher, pretrain_first, pretrain, .*got 'lab2f'"
     ):
         get("lab2f")
 
