@@ -11,7 +11,7 @@ from files import check_writable
 from pruning import apply_masks, prune_before_epoch, sparsity, weight_masks
 from training.batches import Batches
 from training.checkpoints import atomic_save, load_weights, save_weights
-from training.distillation import Distillation, MovingAverage
+from training.distillation import Distillation
 from training.execution import Execution
 from training.inference import fingerprint, for_evaluation
 from training.journal import Journal
@@ -74,11 +74,10 @@ def fit(net, recipe, data=None, *, pruning=Pruning(), teacher=None, seed=0,
     journal = Journal() if journal is None else journal
     net.to(memory_format=torch.channels_last)
     optimizer, forward = make_optimizer(net, recipe), execution.of(net)
-    average = MovingAverage(net, recipe.average) if recipe.average else None
     taught = None if teacher is None else execution.of(for_evaluation(teacher.eval()))
     criterion = Distillation(taught, recipe.distill, recipe.temperature)
     steps = -(-len(data.train_images) // recipe.batch_size)
-    with journal.of(net, optimizer, average, recipe, steps) as epochs:
+    with journal.of(net, optimizer, recipe, steps) as epochs:
         for epoch in epochs:
             prune_before_epoch(net, pruning, epoch)
             masks = weight_masks(net) if pruning.holds(epoch) else None
@@ -86,13 +85,11 @@ def fit(net, recipe, data=None, *, pruning=Pruning(), teacher=None, seed=0,
                               augment=recipe)
             batches = journal.paced(criterion.taught(batches), epoch)
             loss, accuracy = train_epoch(net, batches, optimizer, criterion, masks, forward)
-            entry, candidate = {"train_loss": loss, "train_accuracy": accuracy}, None
+            entry = {"train_loss": loss, "train_accuracy": accuracy}
             if epoch % recipe.test_every == 0 or epoch == recipe.epochs:
-                tested = net if average is None else average.masked(masks)
-                entry["test_loss"], entry["test_accuracy"] = evaluate(tested, data)
-                entry["sparsity"] = sparsity(tested)
-                candidate = tested if epoch >= pruning.last_epoch else None
-            journal.epoch_done(epoch, entry, candidate)
+                entry["test_loss"], entry["test_accuracy"] = evaluate(net, data)
+                entry["sparsity"] = sparsity(net)
+            journal.epoch_done(epoch, entry, may_be_best=epoch >= pruning.last_epoch)
     return journal.history, journal.best["state"]
 
 

@@ -93,7 +93,6 @@ FLOAT_PARTS = (  # name, what, recipe, with a teacher
     ("muon", "Muon on the convolutions but the first", MUON),
     ("flip", "Muon, alternating flip", replace(MUON, flip="alternating")),
     ("cutout", "Muon, cutout of 16 pixels", replace(MUON, cutout=16)),
-    ("average", "Muon, averaged weights", replace(MUON, average=0.999)),
     ("distill", "Muon, distillation at temperature 4", FLOAT),
 )
 TWO_BIT_PARTS = (

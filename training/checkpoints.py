@@ -124,7 +124,7 @@ def read_state(path, device="cpu"):
     """Return what a training left at `path`, a dict; raises ValueError if it is damaged."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        missing = {"net", "optimizer", "average", "history", "best", "tag"} - state.keys()
+        missing = {"net", "optimizer", "history", "best", "tag"} - state.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return state

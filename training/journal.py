@@ -36,15 +36,14 @@ class Journal:
         self.history, self.best = [], {"accuracy": -1.0, "state": None}
 
     @contextmanager
-    def of(self, net, optimizer, average, recipe, steps):
+    def of(self, net, optimizer, recipe, steps):
         """A context in which `net` is trained by `recipe`, in so many steps an epoch.
 
         Goes on from the state at state_path, if there is one. Left by an error or Ctrl-C, the net
         holds the last whole epoch. Raises OSError if state_path cannot be written, ValueError if
         what is there is damaged or has another tag, and the errors of training explained.
         """
-        self.net, self.optimizer, self.average = net, optimizer, average
-        self.recipe, self.steps = recipe, steps
+        self.net, self.optimizer, self.recipe, self.steps = net, optimizer, recipe, steps
         if self.state_path is not None:
             check_writable(self.state_path)
             if Path(self.state_path).exists():
@@ -55,30 +54,26 @@ class Journal:
                 mininterval=2.0) as self.bar, self._explained():
             self.started = time.perf_counter()
             yield range(done + 1, recipe.epochs + 1)
-        if average is not None:
-            net.load_state_dict(average.net.state_dict())
 
     def paced(self, batches, epoch):
-        """Yield from `batches`; before each step set its rate, after it move average and bar."""
+        """Yield from `batches`; before each step set its rate, after it move the bar."""
         for step, batch in enumerate(batches):
             rate = self.recipe.rate((epoch - 1 + step / self.steps) / self.recipe.epochs)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
             yield batch
-            if self.average is not None:
-                self.average.update(self.net)
             if (step + 1) % self.log_every_n == 0:
                 self.bar.update(self.log_every_n)
 
-    def epoch_done(self, epoch, entry, candidate=None):
-        """Keep the net and `entry` as the last whole epoch; candidate: a net that may be best.
+    def epoch_done(self, epoch, entry, may_be_best=True):
+        """Keep the net and `entry` as the last whole epoch, and as the best one, if tested and it.
 
         Raises FloatingPointError if the loss or a weight is NaN or infinite; nothing is kept then.
         """
         if not (math.isfinite(entry["train_loss"]) and _is_finite(self.net)):
             raise FloatingPointError
-        if candidate is not None and entry["test_accuracy"] > self.best["accuracy"]:
-            self.best = {"accuracy": entry["test_accuracy"], "state": snapshot(candidate)}
+        if may_be_best and entry.get("test_accuracy", -1) > self.best["accuracy"]:
+            self.best = {"accuracy": entry["test_accuracy"], "state": snapshot(self.net)}
         now = time.perf_counter()
         rate = self.recipe.lr * self.recipe.rate((epoch - 1) / self.recipe.epochs)
         entry = {"epoch": epoch, "lr": rate, **entry, "seconds": now - self.started}
@@ -87,8 +82,8 @@ class Journal:
         self.whole.keep()
         if self.state_path is not None:
             atomic_save({"net": self.whole.state, "optimizer": self.optimizer.state_dict(),
-                         "average": self.average and self.average.state_dict(), "tag": self.tag,
-                         "history": self.history, "best": self.best}, self.state_path)
+                         "tag": self.tag, "history": self.history, "best": self.best},
+                        self.state_path)
         self.bar.update(epoch * self.steps - self.bar.n)
         accuracy = entry.get("test_accuracy", entry["train_accuracy"])
         self.bar.set_postfix(epoch=epoch, loss=f"{entry['train_loss']:.4f}",
@@ -102,8 +97,6 @@ class Journal:
             with LastWholeEpoch(self.net):  # what does not fit as a whole is not left loaded
                 self.net.load_state_dict(state["net"])
                 self.optimizer.load_state_dict(state["optimizer"])
-                if self.average is not None:
-                    self.average.load_state_dict(state["average"])
         except Exception as error:
             raise cannot_resume(self.state_path, error) from error
         self.history, self.best = state["history"], state["best"]

@@ -27,14 +27,13 @@ class Recipe:
     cutout: int = 0  # pixels; side of the square that is blanked in each training image
     distill: float = 0.0  # weight of the teacher beside the labels
     temperature: float = 1.0  # of the teacher's softmax and the student's
-    average: float = 0.0  # decay, a step, of the moving average that is tested; 0: none
     test_every: int = 1  # epochs between evaluations; the last epoch is always evaluated
 
     def __post_init__(self):
         check(COUNT, epochs=self.epochs, batch_size=self.batch_size, test_every=self.test_every)
         check(NATURAL, cutout=self.cutout)
         check(RATE, lr=self.lr, muon_lr=self.muon_lr, weight_decay=self.weight_decay)
-        check(BELOW_ONE, momentum=self.momentum, warmup=self.warmup, average=self.average)
+        check(BELOW_ONE, momentum=self.momentum, warmup=self.warmup)
         check(FRACTION, distill=self.distill)
         check(POSITIVE, temperature=self.temperature)
         check((True, False), nesterov=self.nesterov)
