@@ -19,7 +19,7 @@ from pruning import global_prune_by_percentage, prune_by_percentage
 from resnet20 import ResNet_Block, ResNetCIFAR
 from train_utils import evaluate, finetune, fit, train
 from training.batches import Batches
-from training.distillation import Distillation, MovingAverage
+from training.distillation import Distillation
 from training.execution import seconds_a_step
 from training.journal import Journal
 from training.recipe import Pruning, Recipe
@@ -72,7 +72,6 @@ RECIPE = {
     "temperature": (no_rate | st.just(0), "a finite number above 0"),
     "momentum": (no_decay, "a number from 0 to below 1"),
     "warmup": (no_decay, "a number from 0 to below 1"),
-    "average": (no_decay, "a number from 0 to below 1"),
     "distill": (no_fraction, "a number from 0 to 1"),
     "nesterov": (no_bool, "True or False"),
     "schedule": (no_word, "'constant', 'step' or 'cosine'"),
@@ -120,10 +119,8 @@ CASES = [
      "a positive integer"),
     ("seconds_a_step steps", lambda v: seconds_a_step(NET, 4, steps=v), "steps", no_count,
      "a positive integer"),
-    ("Distillation", lambda v: Distillation(NET, v), "distill", no_fraction,
+    ("Distillation", lambda v: Distillation(NET, v), "weight", no_fraction,
      "a number from 0 to 1"),
-    ("MovingAverage", lambda v: MovingAverage(NET, v), "decay", no_decay,
-     "a number from 0 to below 1"),
     ("Batches", lambda v: Batches(IMAGES, LABELS, v), "batch_size", no_count,
      "a positive integer"),
     ("Batches seed", lambda v: Batches(IMAGES, LABELS, 2, seed=v), "seed", no_natural,

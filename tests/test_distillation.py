@@ -1,19 +1,17 @@
-"""Distillation against its formula written out, and averaged weights against an average by hand."""
+"""Distillation against its formula written out."""
 
 import copy
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from conftest import first_of, make_net, same, state_of
-from pruning import sparsity
 from resnet20 import ResNetCIFAR
-from train_utils import evaluate, fit, train_epoch
+from train_utils import fit, train_epoch
 from training.batches import Batches, normalize
-from training.distillation import Distillation, MovingAverage
-from training.recipe import Pruning, Recipe
+from training.distillation import Distillation
+from training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -147,83 +145,6 @@ def test_distill_and_teacher_go_together(net, small_cifar, distill, with_teacher
     with pytest.raises(ValueError, match=f"weight must be .*got {distill!r}"):
         fit(net, Recipe(epochs=1, distill=distill), small_cifar, teacher=teacher)
     assert same(net.state_dict(), before)
-
-
-# ---------------------------------------------------------------- averaged weights
-
-
-def average_by_hand(states, decay):
-    """The average of `states`, the first of which is where training began.
-
-    Step n has a decay of (1 + n) / (10 + n): 2/11, 3/12, ... as long as that is below `decay`.
-    """
-    averaged = {name: tensor.clone() for name, tensor in states[0].items()}
-    for n, state in enumerate(states[1:], start=1):
-        d = min(decay, (1 + n) / (10 + n))
-        for name, tensor in state.items():
-            if tensor.is_floating_point():
-                averaged[name] = d * averaged[name] + (1 - d) * tensor
-    return averaged
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.1, 0.3, 0.999])
-def test_an_average_warms_up_to_its_decay(decay):
-    generator = torch.Generator().manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
-    average, states = MovingAverage(net, decay), [state_of(net)]
-    for _ in range(12):
-        for tensor in net.state_dict().values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 10)
-        average.update(net)
-        states.append(state_of(net))
-    expected = average_by_hand(states, decay)
-    for name, tensor in average.net.state_dict().items():
-        if tensor.is_floating_point():
-            torch.testing.assert_close(tensor, expected[name])
-    assert same(net.state_dict(), states[-1])
-
-
-def test_an_average_goes_on_where_its_state_was_taken():
-    """The number of steps belongs to it: a warm-up that began anew would forget what was there."""
-    net = nn.Linear(3, 4)
-    averages = [MovingAverage(net, 0.9) for _ in range(2)]
-    for i in range(6):
-        nn.init.constant_(net.weight, i)
-        averages[0].update(net)
-        if i == 3:
-            averages[1].load_state_dict(copy.deepcopy(averages[0].state_dict()))
-        if i > 3:
-            averages[1].update(net)
-    assert same(averages[1].net.state_dict(), averages[0].net.state_dict())
-
-
-@pytest.mark.slow
-def test_averaging_tests_and_ends_with_the_moving_average_of_all_steps(net, small_cifar):
-    plain, recipe = copy.deepcopy(net), dict(epochs=2, batch_size=32, lr=0.05)
-    states = [state_of(plain)]
-    hook = register_optimizer_step_post_hook(lambda *_: states.append(state_of(plain)))
-    plain_history, _ = fit(plain, Recipe(**recipe), small_cifar)
-    hook.remove()
-    history, best = fit(net, Recipe(**recipe, average=0.3), small_cifar)
-    expected = average_by_hand(states, 0.3)
-    assert len(states) == 1 + 8
-    for name, tensor in net.state_dict().items():
-        if tensor.is_floating_point():
-            torch.testing.assert_close(tensor, expected[name])
-    # training is what it was
-    assert [e["train_loss"] for e in history] == [e["train_loss"] for e in plain_history]
-    assert history[-1]["test_loss"] == pytest.approx(evaluate(net, small_cifar)[0], rel=1e-5)
-    assert history[-1]["test_loss"] != pytest.approx(plain_history[-1]["test_loss"], rel=1e-3)
-    assert best.keys() == net.state_dict().keys()
-
-
-def test_an_average_of_a_net_that_was_pruned_on_the_way_is_as_sparse(net, small_cifar):
-    recipe = Recipe(epochs=3, batch_size=32, lr=0.05, average=0.99)
-    history, best = fit(net, recipe, small_cifar, pruning=Pruning("global", 50.0, epochs=2))
-    assert [entry["sparsity"] for entry in history[1:]] == pytest.approx([0.5, 0.5], abs=1e-3)
-    assert sparsity(net) == history[-1]["sparsity"]
-    net.load_state_dict(best)
-    assert sparsity(net) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_the_temperature_is_1_unless_it_is_said():

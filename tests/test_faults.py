@@ -470,7 +470,7 @@ class Bomb:
 
 @pytest.mark.parametrize("state", [
     Bomb(),
-    {"net": Bomb(), "optimizer": {}, "average": None, "history": [], "best": {}, "tag": None},
+    {"net": Bomb(), "optimizer": {}, "history": [], "best": {}, "tag": None},
 ], ids=["malicious", "malicious inside"])
 def test_a_malicious_state_is_refused_and_never_runs(monkeypatch, small_cifar, tmp_path, state):
     monkeypatch.chdir(tmp_path)

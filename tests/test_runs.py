@@ -30,7 +30,6 @@ ASSIGNED_RECIPE = dict(
     flip="random",
     cutout=0,
     distill=0.0,
-    average=0.0,
     test_every=1,
 )
 UNPRUNED = dict(method=None, hold_zeros=True)
@@ -200,7 +199,6 @@ def test_the_ablation_takes_one_part_at_a_time():
     parts = {  # what differs from the run that has none of them
         "ablation_float_flip": {"recipe.flip"},
         "ablation_float_cutout": {"recipe.cutout"},
-        "ablation_float_average": {"recipe.average"},
         "ablation_float_distill": {"recipe.distill", "recipe.temperature", "teacher"},
         "ablation_float_sgd": MUON,
         "ablation_2bit_sgd": MUON,
