@@ -34,7 +34,7 @@ SGD = Recipe(batch_size=128, lr=0.2, schedule="cosine", warmup=0.1, momentum=0.9
              weight_decay=5e-4, test_every=5)
 MUON = replace(SGD, optimizer="muon", muon_lr=0.03, lr=0.1)
 FLOAT = replace(MUON, distill=0.7, temperature=4.0)
-FLOAT_ON = replace(FLOAT, muon_lr=0.015, lr=0.05)  # on from what FLOAT has reached
+FLOAT_ON = replace(FLOAT, muon_lr=0.015, lr=0.05, cutout=16)  # on from what FLOAT has reached
 
 # The improved runs: as many epochs as assigned, the last one kept.
 FINE_SGD = Recipe(batch_size=128, lr=0.05, schedule="cosine", warmup=0.05, momentum=0.9,
@@ -112,10 +112,10 @@ def _ablation_runs():
               **ABLATION)
     yield Run("ablation_float_on", "float model, 20 epochs on from that one, at half its rates",
               start_from="ablation_float_distill", teacher="ablation_float_distill",
-              recipe=replace(FLOAT_ON, epochs=20), **ABLATION)
+              recipe=replace(FLOAT_ON, epochs=20, cutout=0), **ABLATION)
     yield Run("ablation_float_on_cutout", "the same with cutout of 16 pixels",
               start_from="ablation_float_distill", teacher="ablation_float_distill",
-              recipe=replace(FLOAT_ON, epochs=20, cutout=16), **ABLATION)
+              recipe=replace(FLOAT_ON, epochs=20), **ABLATION)
     for part, what, recipe in TWO_BIT_PARTS:
         yield Run(f"ablation_2bit_{part}", f"2-bit weights, 20 epochs: {what}",
                   start_from="ablation_float_muon", Nbits=2, quantizer="learned", recipe=recipe,
