@@ -138,7 +138,7 @@ def test_into_the_shipped_folder_is_into_it_however_it_is_written(tiny_runs, mon
         ),
         (
             ["quantized"],
-            "error: quantized starts from iterative, which is not trained yet: "
+            "error: quantized needs iterative, which is not trained yet: "
             "python -m experiments run iterative",
         ),
         (

@@ -103,13 +103,13 @@ def test_a_record_that_does_not_fit_is_never_used(pretrained, use, damage, compl
 
 
 def test_all_settings_that_differ_are_named_with_their_place(pretrained):
-    redefine("pretrain", recipe={"lr": 0.5, "flip": "alternating"}, pruning={"q": 30.0}, seed=4)
+    redefine("pretrain", recipe={"lr": 0.5, "flip": "alternating"}, pruning={"epochs": 3}, seed=4)
     with pytest.raises(records.RecordError) as caught:
         records.read_record("pretrain")
     named = str(caught.value).partition("(recorded, now): ")[2].partition(";")[0]
     assert ast.literal_eval(named) == {
         "recipe.lr": (0.01, 0.5), "recipe.flip": ("random", "alternating"),
-        "pruning.q": (0.0, 30.0), "seed": (0, 4)}
+        "pruning.epochs": (0, 3), "seed": (0, 4)}
 
 
 def test_another_wording_of_the_question_is_no_other_config(pretrained):
