@@ -82,7 +82,7 @@ def fit(net, recipe, data=None, *, pruning=Pruning(), teacher=None, seed=0,
             prune_before_epoch(net, pruning, epoch)
             masks = weight_masks(net) if pruning.holds(epoch) else None
             batches = Batches(data.train_images, data.train_labels, recipe.batch_size, seed, epoch,
-                              augment=recipe)
+                              augment=True, cutout=recipe.cutout)
             batches = journal.paced(criterion.taught(batches), epoch)
             loss, accuracy = train_epoch(net, batches, optimizer, criterion, masks, forward)
             entry = {"train_loss": loss, "train_accuracy": accuracy}

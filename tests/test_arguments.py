@@ -49,7 +49,7 @@ no_bits = st.one_of(
     no_integer.filter(lambda value: value is not None), st.integers(max_value=-1), st.integers(17)
 )
 # Hypothesis tries strings of the source too
-ALLOWED = {"constant", "step", "cosine", "sgd", "muon", "random", "alternating", "layer", "global"}
+ALLOWED = {"constant", "step", "cosine", "sgd", "muon", "layer", "global"}
 words = st.text(max_size=8).filter(lambda word: word not in ALLOWED)
 no_word = st.one_of(words, st.integers(), st.booleans(), st.just(["step"]))
 no_bool = st.one_of(st.none(), st.integers(), st.floats(), words)
@@ -76,7 +76,6 @@ RECIPE = {
     "nesterov": (no_bool, "True or False"),
     "schedule": (no_word, "'constant', 'step' or 'cosine'"),
     "optimizer": (no_word, "'sgd' or 'muon'"),
-    "flip": (no_word, "'random' or 'alternating'"),
 }
 PRUNING = {
     "method": (no_word, "None, 'layer' or 'global'"),
@@ -124,6 +123,8 @@ CASES = [
     ("Batches", lambda v: Batches(IMAGES, LABELS, v), "batch_size", no_count,
      "a positive integer"),
     ("Batches seed", lambda v: Batches(IMAGES, LABELS, 2, seed=v), "seed", no_natural,
+     "an integer >= 0"),
+    ("Batches cutout", lambda v: Batches(IMAGES, LABELS, 2, cutout=v), "cutout", no_natural,
      "an integer >= 0"),
     ("Batches epoch", lambda v: Batches(IMAGES, LABELS, 2, epoch=v), "epoch", no_count,
      "a positive integer"),

@@ -10,7 +10,6 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from training.batches import Batches, _crop_flip, _draw, normalize
-from training.recipe import Recipe
 
 
 def test_normalize_equals_torchvision(cifar):
@@ -90,8 +89,7 @@ def test_seed_and_epoch_give_the_batches(small_cifar):
 
 
 def test_to_iterate_twice_gives_the_same_batches(small_cifar):
-    recipe = Recipe(flip="alternating", cutout=8)
-    batches = Batches(small_cifar.train_images, small_cifar.train_labels, 100, 3, 2, recipe)
+    batches = Batches(small_cifar.train_images, small_cifar.train_labels, 100, 3, 2, True, 8)
     for (x, y), (again_x, again_y) in zip(batches, batches, strict=True):
         assert torch.equal(x, again_x) and torch.equal(y, again_y)
 
@@ -116,55 +114,15 @@ def test_images_without_labels_are_refused(small_cifar):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("augment", [True, Recipe(flip="alternating", cutout=8)], ids=str)
-def test_one_seed_gives_one_augmentation_on_every_device(small_cifar, augment):
+@pytest.mark.parametrize("cutout", [0, 8])
+def test_one_seed_gives_one_augmentation_on_every_device(small_cifar, cutout):
     images, labels = small_cifar.train_images, small_cifar.train_labels
     assert torch.equal(crop_flip(images.cuda(), 7).cpu(), crop_flip(images, 7))
-    ours = Batches(images, labels, 100, 3, 2, augment)
-    theirs = Batches(images.cuda(), labels.cuda(), 100, 3, 2, augment)
+    ours = Batches(images, labels, 100, 3, 2, True, cutout)
+    theirs = Batches(images.cuda(), labels.cuda(), 100, 3, 2, True, cutout)
     for (x, y), (gpu_x, gpu_y) in zip(ours, theirs, strict=True):
         torch.testing.assert_close(gpu_x.cpu(), x)
         assert torch.equal(gpu_y.cpu(), y)
-
-
-# ---------------------------------------------------------------- alternating flip
-
-
-def order_and_sides(n, epoch, seed=0, flip="alternating"):
-    """Return in which order n images came in an epoch, and which of them, by number, were mirrored.
-
-    Each image holds its columns' numbers, so that its middle tells its side whatever the crop.
-    """
-    images = torch.arange(32, dtype=torch.uint8).expand(n, 3, 32, 32)
-    batches = Batches(images, torch.arange(n), 500, seed, epoch, Recipe(flip=flip))
-    xs, orders = zip(*((x[:, 0, 16, 16:18], y) for x, y in batches))
-    middle, order = torch.cat(xs), torch.cat(orders)
-    return order, (middle[:, 1] < middle[:, 0])[order.argsort()]
-
-
-@pytest.mark.parametrize("seed", [0, 7])
-def test_sides_alternate_from_epoch_to_epoch(seed):
-    (order, first), (other_order, second), (_, third), (_, fourth) = (
-        order_and_sides(1200, epoch, seed) for epoch in (1, 2, 3, 4))
-    assert torch.equal(second, ~first) and torch.equal(third, first) and torch.equal(fourth, second)
-    assert not torch.equal(order, other_order)
-
-
-def test_an_image_s_first_side_is_fair_and_independent_of_order_and_seed():
-    order, sides = order_and_sides(4000, 1)
-    _, others = order_and_sides(4000, 1, seed=1)
-    place = order.argsort()
-    for mirrored in (sides, sides == others, sides[:-1] == sides[1:],
-                     sides[order][:-1] == sides[order][1:]):
-        assert stats.binomtest(int(mirrored.sum()), len(mirrored)).pvalue > 1e-3
-    assert stats.mannwhitneyu(place[sides], place[~sides]).pvalue > 1e-3
-
-
-def test_a_random_flip_is_drawn_anew_in_each_epoch_and_the_order_is_the_same():
-    (order, first), (_, second) = (order_and_sides(4000, epoch, flip="random") for epoch in (1, 2))
-    assert torch.equal(order, order_and_sides(4000, 1)[0])
-    for mirrored in (first, first == second):
-        assert stats.binomtest(int(mirrored.sum()), 4000).pvalue > 1e-3
 
 
 # ---------------------------------------------------------------- cutout
@@ -188,8 +146,8 @@ def test_a_cutout_blanks_one_square_that_may_lie_anywhere_and_nothing_else(side)
     squares = {blanked(i, j, side).numpy().tobytes(): (i, j) for i in range(32) for j in range(32)}
     assert len(squares) == 1024
     centers = []
-    for (x, _), (plain, _) in zip(Batches(images, labels, 512, augment=Recipe(cutout=side)),
-                                  Batches(images, labels, 512, augment=Recipe())):
+    for (x, _), (plain, _) in zip(Batches(images, labels, 512, augment=True, cutout=side),
+                                  Batches(images, labels, 512, augment=True)):
         zero = x == 0
         assert (plain != 0).all() and torch.equal(x, torch.where(zero, 0, plain))
         assert torch.equal(zero, zero[:, :1].expand_as(zero))  # the same in all channels
@@ -202,33 +160,16 @@ def test_a_cutout_blanks_one_square_that_may_lie_anywhere_and_nothing_else(side)
 
 def test_a_cutout_larger_than_the_image_may_blank_it_all(small_cifar):
     batches = Batches(small_cifar.train_images, small_cifar.train_labels, 256,
-                      augment=Recipe(cutout=64))
+                      augment=True, cutout=64)
     assert all((x == 0).all() for x, _ in batches)
 
 
-def test_a_recipe_without_options_has_the_assigned_augmentation(small_cifar):
-    def epoch(augment):
-        pairs = Batches(small_cifar.train_images, small_cifar.train_labels, 100, 5, 2, augment)
-        return torch.cat([x for x, _ in pairs])
-
-    assigned = epoch(True)
-    assert torch.equal(epoch(Recipe()), assigned)
-    for other in (Recipe(flip="alternating"), Recipe(cutout=8)):
-        assert not torch.equal(epoch(other), assigned)
-
-
-ALTERNATING = Recipe(flip="alternating")
-
-
-@pytest.mark.parametrize("seed, epoch, augment, digest", [
-    (0, 1, True, "abc54d707f21fe77"), (0, 2, True, "c63cc03bd0e9f79c"),
-    (3, 1, True, "ff09c9b14dbbb911"), (0, 1, ALTERNATING, "aaf545ba32c8e0fb"),
-    (0, 2, ALTERNATING, "692e89c92c856354"),
-])
-def test_the_draws_of_a_seed_and_an_epoch_stay_what_they_are(seed, epoch, augment, digest):
+@pytest.mark.parametrize("seed, epoch, digest", [
+    (0, 1, "abc54d707f21fe77"), (0, 2, "c63cc03bd0e9f79c"), (3, 1, "ff09c9b14dbbb911")])
+def test_the_draws_of_a_seed_and_an_epoch_stay_what_they_are(seed, epoch, digest):
     """A record could not be trained again, nor an interrupted run go on, if they changed."""
     images, found = torch.zeros(300, 3, 32, 32, dtype=torch.uint8), hashlib.sha256()
-    for draws in Batches(images, torch.arange(300), 128, seed, epoch, augment)._drawn():
+    for draws in Batches(images, torch.arange(300), 128, seed, epoch, True)._drawn():
         for tensor in draws:
             found.update(tensor.long().contiguous().numpy().tobytes())
     assert found.hexdigest()[:16] == digest

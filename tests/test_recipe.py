@@ -46,7 +46,7 @@ def test_the_default_is_the_assigned_fine_tuning():
         20, 256, 0.002, 0.875, 1e-4)
     assert recipe.optimizer == "sgd" and not recipe.nesterov
     assert recipe.rate(0.0) == recipe.rate(1.0) == 1
-    assert (recipe.flip, recipe.cutout, recipe.distill) == ("random", 0, 0)
+    assert (recipe.cutout, recipe.distill) == (0, 0)
     assert [pruning.percentage(epoch) for epoch in (1, 2)] == [None, None] and pruning.holds(1)
 
 
@@ -71,7 +71,6 @@ def test_the_default_is_the_assigned_fine_tuning():
         ("nesterov", 1),
         ("warmup", 1.5),
         ("warmup", -0.1),
-        ("flip", True),
         ("cutout", -1),
         ("cutout", 0.5),
         ("distill", "half"),
@@ -139,7 +138,7 @@ def test_a_recipe_and_a_pruning_cannot_be_changed(data):
 def test_the_defaults_are_the_assigned_fine_tuning():
     assert dataclasses.asdict(Recipe()) == dict(
         epochs=20, batch_size=256, optimizer="sgd", lr=0.002, muon_lr=0.0, schedule="constant",
-        warmup=0.0, momentum=0.875, nesterov=False, weight_decay=1e-4, flip="random", cutout=0,
+        warmup=0.0, momentum=0.875, nesterov=False, weight_decay=1e-4, cutout=0,
         distill=0.0, temperature=1.0, test_every=1)
     assert Recipe(nesterov=True).nesterov and not Recipe(nesterov=False).nesterov
 

@@ -103,12 +103,12 @@ def test_a_record_that_does_not_fit_is_never_used(pretrained, use, damage, compl
 
 
 def test_all_settings_that_differ_are_named_with_their_place(pretrained):
-    redefine("pretrain", recipe={"lr": 0.5, "flip": "alternating"}, pruning={"epochs": 3}, seed=4)
+    redefine("pretrain", recipe={"lr": 0.5, "cutout": 8}, pruning={"epochs": 3}, seed=4)
     with pytest.raises(records.RecordError) as caught:
         records.read_record("pretrain")
     named = str(caught.value).partition("(recorded, now): ")[2].partition(";")[0]
     assert ast.literal_eval(named) == {
-        "recipe.lr": (0.01, 0.5), "recipe.flip": ("random", "alternating"),
+        "recipe.lr": (0.01, 0.5), "recipe.cutout": (0, 8),
         "pruning.epochs": (0, 3), "seed": (0, 4)}
 
 

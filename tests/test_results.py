@@ -1,5 +1,7 @@
 """What is shipped belongs together: records, weights, runs as defined and the README's table."""
 
+import dataclasses
+import json
 import math
 import os
 import shutil
@@ -13,8 +15,10 @@ from experiments.records import (
     RETRAINED, ROOT, SHIPPED, read_record, record_path, weights_path,
 )
 from experiments.runs import REFERENCE, RUNS, get
+from training.recipe import Recipe
 
-NAMES = sorted(path.stem for path in SHIPPED.rglob("*.json"))
+NAMES = sorted(path.stem for folder in (SHIPPED, SHIPPED / "ablation")
+               for path in folder.glob("*.json"))
 
 
 def test_the_float_model_is_shipped_and_beats_the_reference():
@@ -35,6 +39,20 @@ def test_shipped_run_belongs_to_its_definition_and_is_complete(name):
     assert record["test_accuracy"] == pytest.approx(kept["test_accuracy"], abs=5e-4)
     kinds = {key: type(value) for key, value in record["execution"].items()}
     assert kinds == {"bf16": bool, "compile": bool, "threads": int}
+
+
+@pytest.mark.parametrize("path", (SHIPPED / "ablation" / "rejected").iterdir(),
+                         ids=lambda path: path.stem)
+def test_a_part_that_did_not_pay_is_gone_and_its_record_tells_what_it_was(path):
+    """It differs from the run that it is compared with in one setting, which no recipe has now."""
+    record, base = json.loads(path.read_text()), read_record("ablation_float_muon")
+    recipe = record["config"]["recipe"]
+    part = path.stem.removeprefix("ablation_float_")
+    assert path.name == f"{record['name']}.json" and path.stem not in RUNS
+    assert part in recipe and part not in {field.name for field in dataclasses.fields(Recipe)}
+    assert {key: recipe[key] for key in base["config"]["recipe"]} == base["config"]["recipe"]
+    assert record["config"]["held_out"] == 5000
+    assert record["last"]["test_accuracy"] <= base["last"]["test_accuracy"]
 
 
 @pytest.mark.parametrize("field", ["start_from", "teacher"])

@@ -27,7 +27,6 @@ ASSIGNED_RECIPE = dict(
     momentum=0.875,
     nesterov=False,
     weight_decay=1e-4,
-    flip="random",
     cutout=0,
     distill=0.0,
     test_every=1,
@@ -197,7 +196,6 @@ MUON = {"recipe.optimizer", "recipe.lr", "recipe.muon_lr"}
 
 def test_the_ablation_takes_one_part_at_a_time():
     parts = {  # what differs from the run that has none of them
-        "ablation_float_flip": {"recipe.flip"},
         "ablation_float_cutout": {"recipe.cutout"},
         "ablation_float_distill": {"recipe.distill", "recipe.temperature", "teacher"},
         "ablation_float_sgd": MUON,

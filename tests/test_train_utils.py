@@ -365,7 +365,7 @@ def test_divergence_in_a_later_epoch_keeps_the_epoch_before(monkeypatch, net):
 # ---------------------------------------------------------------- nothing waits for a GPU
 
 
-IMPROVED = dict(optimizer="muon", muon_lr=0.02, flip="alternating", cutout=8)
+IMPROVED = dict(optimizer="muon", muon_lr=0.02, cutout=8)
 
 
 @pytest.mark.parametrize("arguments, options", [
@@ -417,7 +417,7 @@ def test_nothing_in_an_epoch_waits_for_a_gpu(monkeypatch, arguments, options):
                 torch.zeros(256, dtype=torch.long),
             )
         criterion = Distillation(teacher, 0.5, 2.0)
-        batches = criterion.taught(Batches(images, labels, 64, augment=recipe))
+        batches = criterion.taught(Batches(images, labels, 64, augment=True, cutout=recipe.cutout))
         optimizer, masks = make_optimizer(net, recipe), weight_masks(net)
         for group in optimizer.param_groups:
             group["fused"] = False  # that kernel does not know fake tensors

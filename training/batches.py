@@ -69,23 +69,23 @@ def _cut_out(images, centers, side):
 class Batches:
     """One epoch's batches (x float32 (B, 3, 32, 32), y int64 (B,)) of images held on their device.
 
-    augment: False, the stored order, untouched; True, or a training.recipe.Recipe whose flip and
-    cutout it has: shuffled, and each image cropped and flipped at random, drawn from a generator
-    that `seed` and `epoch` (from 1) determine. The last batch may be smaller. Iterating twice
-    yields the same batches.
+    augment: False, the stored order, untouched; True: shuffled, and each image cropped and flipped
+    at random, drawn from a generator that `seed` and `epoch` (from 1) determine. cutout: side, in
+    pixels, of the square that is then blanked in each image, 0 for none. The last batch may be
+    smaller. Iterating twice yields the same batches.
 
-    Raises ValueError for a batch_size or epoch that is not a positive integer, a seed that is not
-    one >= 0, and if images and labels differ in number.
+    Raises ValueError for a batch_size or epoch that is not a positive integer, a seed or cutout
+    that is not one >= 0, and if images and labels differ in number.
     """
 
-    def __init__(self, images, labels, batch_size, seed=0, epoch=1, augment=False):
+    def __init__(self, images, labels, batch_size, seed=0, epoch=1, augment=False, cutout=0):
         check(COUNT, batch_size=batch_size, epoch=epoch)
-        check(NATURAL, seed=seed)
+        check(NATURAL, seed=seed, cutout=cutout)
         if len(images) != len(labels):
             raise ValueError("images and labels must be equally many, "
                              f"got {len(images)} and {len(labels)}")
         self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.seed, self.epoch, self.augment = seed, epoch, augment
+        self.seed, self.epoch, self.augment, self.cutout = seed, epoch, augment, cutout
 
     def __len__(self):
         return -(-len(self.images) // self.batch_size)
@@ -95,10 +95,9 @@ class Batches:
             pairs = zip(self.images.split(self.batch_size), self.labels.split(self.batch_size))
             yield from ((normalize(images), labels) for images, labels in pairs)
             return
-        cutout = getattr(self.augment, "cutout", 0)
         for index, shift, flip, center in self._drawn():
             x = normalize(_crop_flip(self.images[index], shift, flip))
-            yield _cut_out(x, center, cutout) if cutout else x, self.labels[index]
+            yield _cut_out(x, center, self.cutout) if self.cutout else x, self.labels[index]
 
     def _drawn(self):
         """Return, for each batch, its images' indices, shifts, flips and cutout centers.
@@ -110,11 +109,6 @@ class Batches:
         order = torch.randperm(n, generator=generator)
         drawn = [_draw(len(index), generator) for index in order.split(self.batch_size)]
         shifts, flips = torch.cat([d[0] for d in drawn], 1), torch.cat([d[1] for d in drawn])
-        # each image's first side is random
-        if getattr(self.augment, "flip", "random") == "alternating":
-            first = torch.Generator().manual_seed(self.seed)
-            sides = torch.rand((n, 1), generator=first) < 0.5
-            flips = sides[order] ^ (self.epoch % 2 == 0)
         centers = torch.randint(0, 32, (2, n, 1), generator=generator)
         tensors = [tensor.to(device) for tensor in (order, shifts, flips, centers)]
         return zip(*(t.split(self.batch_size, d) for t, d in zip(tensors, (0, 1, 0, 1))))

@@ -23,7 +23,6 @@ class Recipe:
     momentum: float = 0.875  # of SGD; Muon has its own
     nesterov: bool = False  # of SGD
     weight_decay: float = 1e-4  # a step, on all that SGD trains
-    flip: str = "random"  # mirrored at random; "alternating": at random first, then in turns
     cutout: int = 0  # pixels; side of the square that is blanked in each training image
     distill: float = 0.0  # weight of the teacher beside the labels
     temperature: float = 1.0  # of the teacher's softmax and the student's
@@ -39,7 +38,6 @@ class Recipe:
         check((True, False), nesterov=self.nesterov)
         check(("sgd", "muon"), optimizer=self.optimizer)
         check(("constant", "step", "cosine"), schedule=self.schedule)
-        check(("random", "alternating"), flip=self.flip)
         if self.optimizer == "muon":
             check(POSITIVE, muon_lr=self.muon_lr)
 
