@@ -243,6 +243,17 @@ def test_the_base_of_the_2_bit_ablation_is_the_improved_recipe():
         "name", "question", "held_out", "start_from", "teacher"}
 
 
+def test_the_second_training_of_the_ablation_is_the_float_model_s():
+    on, cutout, again = (f"ablation_float_{part}" for part in ("on", "on_cutout", "again"))
+    named = {"name", "question"}
+    assert different(config(cutout), config(on)) == named | {"recipe.cutout"}
+    assert different(config(cutout), config("pretrain")) == named | {
+        "held_out", "start_from", "teacher", "recipe.epochs", "seed"}
+    assert different(config(again), config("pretrain_first")) == named | {
+        "held_out", "teacher", "recipe.epochs"}
+    assert {config(name)["teacher"] for name in (on, cutout, again)} == {"ablation_float_distill"}
+
+
 def test_nothing_in_the_ablation_has_seen_the_images_that_it_is_tested_on():
     for run in map(get, ABLATION):
         assert (run.held_out, run.seed, run.keep) == (5000, 0, "last")
