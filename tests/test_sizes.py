@@ -4,8 +4,11 @@ codes, the table and the figure against the files themselves.
 
 import heapq
 import itertools
+import json
 import lzma
 import math
+import sys
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,13 +20,14 @@ from hypothesis import strategies as st
 from scipy.stats import entropy
 from test_coders import skewed
 
-from benchmarks import sizes
+from benchmarks import codec, sizes
 from experiments.records import read_record
 from experiments.run import load_checkpoint
 from experiments.runs import RUNS
 from FP_layers import FP_Conv, FP_Linear, Learned
-from model_file import coders
+from model_file import coders, container
 from model_file.coders import Alphabet
+from model_file.container import symbol_bytes
 from model_file.network import compress, describe
 
 RUN = "lab3d_2bit_improved"
@@ -201,3 +205,46 @@ def test_the_command_writes_both(monkeypatch, tmp_path):
     assert recorded["context"] == (len(compress(load_checkpoint("lab3c_4bit"))),
                                    round(read_record("lab3c_4bit")["test_accuracy"], 4))
     assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---------------------------------------------------------------- the codec of a standard
+
+
+@pytest.fixture
+def nncodec(monkeypatch, tmp_path):
+    """In NNCodec's place, one that takes ten bytes and remembers; returns what it was given."""
+    given = {}
+
+    def compress(arrays, bitstream_path, return_bitstream):
+        given.update(arrays)
+        return bytes(10)
+
+    nnc = SimpleNamespace(compress=compress, decompress=lambda coded: given)
+    monkeypatch.setitem(sys.modules, "nncodec", SimpleNamespace(nnc=nnc))
+    monkeypatch.setattr(codec.importlib.metadata, "version", lambda name: "2.1.3")
+    monkeypatch.setattr(codec, "RESULTS", tmp_path / "codec.json")
+    return given
+
+
+def test_both_codecs_get_the_same_symbols(nncodec):
+    assert codec.main() == 0
+    results = json.loads(codec.RESULTS.read_text())
+    assert results == {"run": codec.RUN, "NNCodec": "2.1.3", "bytes": 10,
+                       "ours": len(symbol_bytes(codec.coded_parts(), "context"))}
+    for part, array in zip(codec.coded_parts(), nncodec.values(), strict=True):
+        assert array.dtype == np.int32 and array.shape == part.record.shape
+        zeros = container.value_of(part) == 0
+        assert np.array_equal(array == 0, zeros) and zeros.any()
+
+
+def test_a_codec_that_loses_something_is_refused(nncodec, monkeypatch):
+    nnc = sys.modules["nncodec"].nnc
+    nnc.decompress = lambda coded: {name: array + 1 for name, array in nncodec.items()}
+    with pytest.raises(RuntimeError, match="NNCodec must give the symbols back"):
+        codec.main()
+    assert not codec.RESULTS.exists()
+
+
+def test_what_is_recorded_of_our_coder_is_what_it_takes_now():
+    assert json.loads(codec.RESULTS.read_text())["ours"] == len(
+        symbol_bytes(codec.coded_parts(), "context"))
