@@ -291,12 +291,6 @@ def test_a_failed_save_keeps_the_earlier_file(monkeypatch, tmp_path, function, t
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_save_into_no_folder_names_the_file(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot write .*net.pt"):
-        atomic_save({}, tmp_path / "file" / "net.pt")
-
-
 # ---------------------------------------------------------------- learned steps
 
 
