@@ -37,7 +37,13 @@ def cifar(cifar_root):
 @pytest.fixture(scope="session")
 def small_cifar(cifar):
     """256 real training and 200 real test images."""
-    return type(cifar)(*(tensor[:n].clone() for tensor, n in zip(cifar, (256, 256, 200, 200))))
+    return first_of(cifar, 256, 200)
+
+
+def first_of(cifar, train, test):
+    """The first `train` training and `test` test images: a file that trains takes fewer."""
+    sizes = (train, train, test, test)
+    return type(cifar)(*(tensor[:n].clone() for tensor, n in zip(cifar, sizes)))
 
 
 @pytest.fixture

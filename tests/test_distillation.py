@@ -7,13 +7,19 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from conftest import make_net, same, state_of
+from conftest import first_of, make_net, same, state_of
 from pruning import sparsity
 from resnet20 import ResNetCIFAR
 from train_utils import evaluate, fit, train_epoch
 from training.batches import Batches, normalize
 from training.distillation import Distillation, MovingAverage
 from training.recipe import Pruning, Recipe
+
+
+@pytest.fixture(scope="module")
+def small_cifar(cifar):
+    """128 real training and 50 real test images."""
+    return first_of(cifar, 128, 50)
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +33,14 @@ def teacher(small_cifar):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # its statistics are those of the last batch
     with torch.no_grad():
-        teacher(normalize(small_cifar.train_images[:128]))
+        teacher(normalize(small_cifar.train_images))
     return teacher.eval()
 
 
 @pytest.fixture(scope="module")
 def batches(small_cifar):
     images, labels = small_cifar.train_images, small_cifar.train_labels
-    return Batches(images, labels, 128, seed=1, augment=True)
+    return Batches(images, labels, 64, seed=1, augment=True)
 
 
 # ---------------------------------------------------------------- the loss
@@ -115,7 +121,7 @@ def test_distilling_trains_toward_the_teacher_and_leaves_it_as_it_is(
             )
 
     first = distance()
-    recipe = Recipe(epochs=4, batch_size=64, lr=0.05, weight_decay=0.0, distill=1.0)
+    recipe = Recipe(epochs=4, batch_size=32, lr=0.05, weight_decay=0.0, distill=1.0)
     fit(net, recipe, small_cifar, teacher=teacher)
     assert distance() < 0.5 * first
     assert same(teacher.state_dict(), before)
@@ -126,8 +132,8 @@ def test_fit_takes_weight_and_temperature_from_the_recipe(
     net, small_cifar, teacher, temperature
 ):
     """One step at rate 0: the loss that is recorded is that of the net as it was."""
-    recipe = Recipe(epochs=1, batch_size=256, lr=0.0, distill=0.3, temperature=temperature)
-    (x, y), = Batches(*small_cifar[:2], 256, seed=2, augment=True)
+    recipe = Recipe(epochs=1, batch_size=128, lr=0.0, distill=0.3, temperature=temperature)
+    (x, y), = Batches(*small_cifar[:2], 128, seed=2, augment=True)
     with torch.no_grad():
         expected = by_formula(copy.deepcopy(net).train()(x), y, teacher(x), 0.3, temperature)
     history, _ = fit(net, recipe, small_cifar, teacher=teacher, seed=2)
@@ -193,7 +199,7 @@ def test_an_average_goes_on_where_its_state_was_taken():
 
 @pytest.mark.slow
 def test_averaging_tests_and_ends_with_the_moving_average_of_all_steps(net, small_cifar):
-    plain, recipe = copy.deepcopy(net), dict(epochs=2, batch_size=64, lr=0.05)
+    plain, recipe = copy.deepcopy(net), dict(epochs=2, batch_size=32, lr=0.05)
     states = [state_of(plain)]
     hook = register_optimizer_step_post_hook(lambda *_: states.append(state_of(plain)))
     plain_history, _ = fit(plain, Recipe(**recipe), small_cifar)
@@ -212,7 +218,7 @@ def test_averaging_tests_and_ends_with_the_moving_average_of_all_steps(net, smal
 
 
 def test_an_average_of_a_net_that_was_pruned_on_the_way_is_as_sparse(net, small_cifar):
-    recipe = Recipe(epochs=3, batch_size=64, lr=0.05, average=0.99)
+    recipe = Recipe(epochs=3, batch_size=32, lr=0.05, average=0.99)
     history, best = fit(net, recipe, small_cifar, pruning=Pruning("global", 50.0, epochs=2))
     assert [entry["sparsity"] for entry in history[1:]] == pytest.approx([0.5, 0.5], abs=1e-3)
     assert sparsity(net) == history[-1]["sparsity"]

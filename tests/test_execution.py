@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from conftest import make_net, same, state_of
+from conftest import first_of, make_net, same, state_of
 from train_utils import fit
 from training import execution
 from training.batches import normalize
@@ -53,18 +53,18 @@ def test_gradients_in_bfloat16_reach_the_float32_weights(net, small_cifar):
 
 @pytest.mark.slow
 def test_only_the_size_of_the_first_batch_is_compiled(net, small_cifar, monkeypatch):
-    """256 images in batches of 100: the net and its teacher take the last 56 uncompiled, with the
+    """64 images in batches of 25: the net and its teacher take the last 14 uncompiled, with the
     same result.
     """
-    sizes = []
-    recipe = Recipe(epochs=2, batch_size=100, lr=0.05, distill=0.5, test_every=2)
+    sizes, data = [], first_of(small_cifar, 64, 50)
+    recipe = Recipe(epochs=2, batch_size=25, lr=0.05, distill=0.5, test_every=2)
     monkeypatch.setattr(
         torch, "compile", lambda net, dynamic: lambda x: sizes.append(len(x)) or net(x)
     )
     plain = copy.deepcopy(net)
-    fit(net, recipe, small_cifar, teacher=make_net(), execution=COMPILED)
-    assert sizes == [100] * 2 * 2 * 2  # of net and teacher, two an epoch
-    fit(plain, recipe, small_cifar, teacher=make_net())
+    fit(net, recipe, data, teacher=make_net(), execution=COMPILED)
+    assert sizes == [25] * 2 * 2 * 2  # of net and teacher, two an epoch
+    fit(plain, recipe, data, teacher=make_net())
     assert same(net.state_dict(), plain.state_dict())
 
 
@@ -77,7 +77,7 @@ def test_an_evaluation_is_in_float32_however_the_net_is_trained(net, small_cifar
         return tested(x, *arguments)
 
     monkeypatch.setattr(F, "conv2d", watched)
-    fit(net, Recipe(epochs=1, batch_size=128), small_cifar, execution=BF16)
+    fit(net, Recipe(epochs=1, batch_size=32), first_of(small_cifar, 64, 50), execution=BF16)
     assert set(seen) == {(True, True), (False, False)}
 
 

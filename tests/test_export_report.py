@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import functools
 import io
 import os
 import re
@@ -68,31 +69,31 @@ def table(header, rows):
     )
 
 
+def write_into(folder, *notebooks):
+    """Write all notebooks, the homework's from up to three lists of cells; return their folder."""
+    for name, cells in zip(NOTEBOOKS, [*notebooks, [], [], []]):
+        nbformat.write(
+            new_notebook(cells=cells or [new_markdown_cell(f"# {name}")]), folder / name
+        )
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# Going further")]),
+                   folder / "going_further.ipynb")
+    return folder
+
+
+def read_from(folder, *notebooks, **cover):
+    """Export lists of cells and return pypdf's reader of the report."""
+    export("report.pdf", write_into(folder, *notebooks), folder / "report.pdf", **cover)
+    return PdfReader(folder / "report.pdf")
+
+
 @pytest.fixture
 def write(tmp_path):
-    """Write all notebooks, the homework's from up to three lists of cells; return their folder."""
-
-    def write(*notebooks):
-        for name, cells in zip(NOTEBOOKS, [*notebooks, [], [], []]):
-            nbformat.write(
-                new_notebook(cells=cells or [new_markdown_cell(f"# {name}")]), tmp_path / name
-            )
-        nbformat.write(new_notebook(cells=[new_markdown_cell("# Going further")]),
-                       tmp_path / "going_further.ipynb")
-        return tmp_path
-
-    return write
+    return functools.partial(write_into, tmp_path)
 
 
 @pytest.fixture
-def read(write, tmp_path):
-    """Export lists of cells and return pypdf's reader of the report."""
-
-    def read(*notebooks, **cover):
-        export("report.pdf", write(*notebooks), tmp_path / "report.pdf", **cover)
-        return PdfReader(tmp_path / "report.pdf")
-
-    return read
+def read(tmp_path):
+    return functools.partial(read_from, tmp_path)
 
 
 def flat(text):
@@ -102,6 +103,24 @@ def flat(text):
 
 def text_of(reader):
     return "\n".join(page.extract_text() for page in reader.pages)
+
+
+def numbered(sources, gap="\n\n"):
+    """A cell of each Markdown source, between words by which shown_between finds what it shows.
+
+    A document of one word takes as long as one of twenty: cases that do no harm share one.
+    """
+    return [new_markdown_cell(f"before{i:02}{gap}{source}{gap}after{i:02}")
+            for i, source in enumerate(sources)]
+
+
+def shown_between(reader, sources):
+    """[(source, what flat text shows of it)] of what numbered made."""
+    text, shown = flat(text_of(reader)), []
+    for i, source in enumerate(sources):
+        assert text.count(f"before{i:02}") == text.count(f"after{i:02}") == 1, (source, text)
+        shown.append((source, text.split(f"before{i:02}")[1].split(f"after{i:02}")[0]))
+    return shown
 
 
 def operations(page):
@@ -184,9 +203,14 @@ HOMEWORK = [
 ]
 
 
-def test_contents_list_every_problem_with_points_and_page(read):
-    reader = read(*HOMEWORK)
-    contents = flat(reader.pages[0].extract_text())
+@pytest.fixture(scope="module")
+def homework(tmp_path_factory):
+    """pypdf's reader of the report of HOMEWORK."""
+    return read_from(tmp_path_factory.mktemp("homework"), *HOMEWORK)
+
+
+def test_contents_list_every_problem_with_points_and_page(homework):
+    contents = flat(homework.pages[0].extract_text())
     for entry in ("1 True/False 20 2", "2 Lab 1: Sparse optimization 30 3", "(b) Descent 3 3",
                   "3 Lab 2: Pruning 25 4", "(a) One 1 4", "4 Lab 3: Quantization 25 5",
                   "(a) The STE 2.5 5", "Going further 6", "Without points 6"):
@@ -196,7 +220,7 @@ def test_contents_list_every_problem_with_points_and_page(read):
     assert "points)" not in contents and "Detail" not in contents
     for page, title in ((1, "1 True/False"), (2, "2 Lab 1"), (3, "3 Lab 2"), (4, "4 Lab 3"),
                         (5, "Going further")):
-        assert flat(title) in flat(reader.pages[page].extract_text())
+        assert flat(title) in flat(homework.pages[page].extract_text())
 
 
 def test_total_counts_questions_where_the_section_has_no_points(read):
@@ -205,13 +229,11 @@ def test_total_counts_questions_where_the_section_has_no_points(read):
     assert flat(reader.pages[0].extract_text()).split("Total")[1].startswith("11")
 
 
-def test_bookmarks_follow_the_headings(read):
-    reader = read(*HOMEWORK)
-
+def test_bookmarks_follow_the_headings(homework):
     def titles(items):
         return [titles(item) if isinstance(item, list) else item.title for item in items]
 
-    contents, *sections = titles(reader.outline)
+    contents, *sections = titles(homework.outline)
     assert contents == "Results"
     assert sections[0] == "1 True/False (20 points)" and sections[1][0].startswith("1.1 A claim on")
     assert sections[2:] == [
@@ -224,13 +246,12 @@ def test_bookmarks_follow_the_headings(read):
         "Going further",
         ["Without points"],
     ]
-    labs = [item for item in reader.outline if not isinstance(item, list)]
-    assert [reader.get_destination_page_number(item) for item in labs] == [0, 1, 2, 3, 4, 5]
+    labs = [item for item in homework.outline if not isinstance(item, list)]
+    assert [homework.get_destination_page_number(item) for item in labs] == [0, 1, 2, 3, 4, 5]
 
 
-def test_every_page_but_the_cover_is_numbered_and_named(read):
-    reader = read(*HOMEWORK)
-    pages = [flat(page.extract_text()) for page in reader.pages]
+def test_every_page_but_the_cover_is_numbered_and_named(homework):
+    pages = [flat(page.extract_text()) for page in homework.pages]
     assert f"1/{len(pages)}" not in pages[0]
     for number, text in enumerate(pages[1:], 2):
         assert f"{number}/{len(pages)}" in text and "ECE661,Homework4" in text
@@ -431,18 +452,19 @@ def test_long_tables_repeat_their_header_and_keep_all_rows(read):
     assert all(f"row{i}0.{i:03d}" in flat("".join(pages)) for i in range(100))
 
 
-@pytest.mark.parametrize(
-    "width, height, dpi", [(5, 3, 100), (5, 3, 200), (10, 3, 100), (5, 14, 100)]
-)
-def test_figures_are_readable_and_inside_the_page(read, width, height, dpi):
-    reader = read([new_markdown_cell("# T"), code("plot()", figure(width, height, dpi))])
-    [(w, h, _)] = [size for page in reader.pages for size in drawn(page)[1]]
-    assert w / h == pytest.approx(width / height, rel=0.01)
-    assert w < TEXT_WIDTH + 0.5 and h < 9 * 72
-    if (width, height) == (5, 3):
-        assert 0.55 < w / TEXT_WIDTH < 0.65
-    else:
-        assert w > 0.99 * TEXT_WIDTH or h > 7 * 72
+def test_figures_are_readable_and_inside_the_page(read):
+    cases = [(5, 3, 100), (5, 3, 200), (10, 3, 100), (5, 14, 100)]  # width, height, dpi
+    reader = read([new_markdown_cell("# T"), *(code("plot()", figure(*case)) for case in cases)])
+    pictures = [size for page in reader.pages for size in drawn(page)[1]]
+    assert len(pictures) == len(cases)
+    for (width, height, dpi), (w, h, lower) in zip(cases, pictures):
+        case = f"{width} x {height} inches, {dpi} dpi"
+        assert w / h == pytest.approx(width / height, rel=0.01), case
+        assert w < TEXT_WIDTH + 0.5 and h < 9 * 72 and lower > 0.9 * 72, case
+        if (width, height) == (5, 3):
+            assert 0.55 < w / TEXT_WIDTH < 0.65, case
+        else:
+            assert w > 0.99 * TEXT_WIDTH or h > 7 * 72, case
     assert "<Figure>" not in text_of(reader)
 
 
@@ -519,8 +541,9 @@ def unreadable(form):
     return code("plot()", display(image_jpeg=data))
 
 
-@pytest.mark.parametrize("form", ["CMYK", "cut off", "in Markdown", "depth"])
-@pytest.mark.parametrize("before", range(4))
+# where it stands makes no difference that depends on the form
+@pytest.mark.parametrize("form, before", [
+    *(("CMYK", before) for before in range(4)), ("cut off", 1), ("in Markdown", 2), ("depth", 3)])
 def test_what_typst_cannot_read_is_refused_by_name(write, refused, form, before):
     cells = [new_markdown_cell("# T"), *(code("plot()", figure()) for _ in range(before)),
              unreadable(form), code("plot()", figure()), new_markdown_cell("$\\nosuchmacro$")]
@@ -646,26 +669,26 @@ def test_what_follows_the_tag_further_goes_into_the_other_document(write, tmp_pa
     assert part_of(cells, "report.pdf") == [(1, cells[0])]
 
 
-@pytest.mark.parametrize("form", ["png", "jpeg", "gif", "svg+xml"])
-def test_figures_of_all_forms_are_drawn(read, form):
-    if form == "svg+xml":
-        data = ('<svg xmlns="http://www.w3.org/2000/svg" width="90" height="60">'
-                '<rect width="90" height="60" fill="#123456"/></svg>')
-    else:
-        buffer = io.BytesIO()
-        Image.new("RGB", (90, 60), "#123456").save(buffer, form)
-        data = base64.b64encode(buffer.getvalue()).decode()
-    output = new_output(
-        "display_data", {f"image/{form}": data, "text/plain": "<Figure size 90x60>"}
-    )
-    reader = read([new_markdown_cell("# T"), code("plot()", output)])
+def test_figures_of_all_forms_are_drawn(read):
+    heights = {"png": 60, "jpeg": 45, "gif": 30, "svg+xml": 20}  # which tell them apart
+    cells = [new_markdown_cell("# T")]
+    for form, height in heights.items():
+        if form == "svg+xml":
+            data = (f'<svg xmlns="http://www.w3.org/2000/svg" width="90" height="{height}">'
+                    f'<rect width="90" height="{height}" fill="#123456"/></svg>')
+        else:
+            buffer = io.BytesIO()
+            Image.new("RGB", (90, height), "#fedcba").save(buffer, form)
+            data = base64.b64encode(buffer.getvalue()).decode()
+        cells.append(code("plot()", new_output(
+            "display_data", {f"image/{form}": data, "text/plain": "<Figure size 90x60>"})))
+    reader = read(cells)
     assert "<Figure" not in text_of(reader)
-    vector = any(
-        operator in (b"re", b"f", b"f*")
-        for operands, operator in operations(reader.pages[1])
-        if operator in (b"f", b"f*")
-    )
-    assert len(drawn(reader.pages[1])[1]) == (form != "svg+xml") or vector
+    pictures = drawn(reader.pages[1])[1]  # an SVG is drawn in lines and areas
+    assert [w / h for w, h, _ in pictures] == pytest.approx([90 / 60, 90 / 45, 90 / 30])
+    colours = [operands for operands, operator in operations(reader.pages[1]) if operator == b"scn"]
+    assert any([round(255 * float(part)) for part in colour if not isinstance(part, str)]
+               == [0x12, 0x34, 0x56] for colour in colours), colours
 
 
 @pytest.mark.parametrize("text", ["<Figure size 640x480 with 1 Axes>",
@@ -700,56 +723,66 @@ def test_html_tables_and_texts_of_outputs_are_converted(read):
     assert "object" not in text and "color" not in text
 
 
-@pytest.mark.parametrize("source, shown", [
-    ("$ \\mu $ is small", "𝜇 is small"),
-    ("3$\\times$3 kernel, 5$\\times$1", "3×3 kernel, 5×1"),
-    ("$ x $ and prose between, $ y $", "𝑥 and prose between, 𝑦"),
-    ("it costs \\$5 and `$HOME`", "it costs $5 and $HOME"),
-])
-def test_dollars_are_read_as_jupyter_reads_them(read, source, shown):
-    reader = read([new_markdown_cell(f"# T\n\n{source}")])
-    assert flat(shown) in flat(text_of(reader)), text_of(reader)
+def test_dollars_are_read_as_jupyter_reads_them(read):
+    cases = {
+        "$ \\mu $ is small": "𝜇 is small",
+        "3$\\times$3 kernel, 5$\\times$1": "3×3 kernel, 5×1",
+        "$ x $ and prose between, $ y $": "𝑥 and prose between, 𝑦",
+        "it costs \\$5 and `$HOME`": "it costs $5 and $HOME",
+    }
+    reader = read([new_markdown_cell("# T"), *numbered(cases)])
+    for source, shown in shown_between(reader, cases):
+        assert flat(cases[source]) in shown, source
 
 
-@pytest.mark.parametrize("source", [
+WORDS_IN_FORMULAS = [
     r"$\mathop{\text{title}}$", r"$title$", r"$\operatorname{student}(x)$", r"${argmin}_z$",
     r"$\mathrm{panic}$", r"$\text{\#panic()}$", r"$\mathop{\text{student netid}}$",
     r"$\mathop{\text{title}}_x \mathop{\text{title}}^2$", r"$\mathop{\text{title:}}$",
     r"$\mathop{\text{title2}}$", r"$\mathop{\text{größe}}$", r"$\mathop{\text{\#title}}$",
     r'$\mathop{\text{a"title"b}}$', r"$\mathop{\text{a \$title\$ b}}$", r"$title'$ $title/2$",
-    r"$\mathop{\text{] title [}}$", r"$\underset{title}{x}$", r"$\mathop{\text{`title`}}$"])
-def test_words_in_formulas_are_never_code(read, source):
-    reader = read([new_markdown_cell("# T\n\nbefore " + source + " after")], student="Ada Lovelace")
-    page = flat(reader.pages[1].extract_text())
-    assert "Lovelace" not in page and "Homework4:Pruning" not in page
-    assert "before" in page and "after" in page
+    r"$\mathop{\text{] title [}}$", r"$\underset{title}{x}$", r"$\mathop{\text{`title`}}$"]
 
 
-@pytest.mark.parametrize("source, shown", [
-    (r"\mathop{\text{alpha}}_x", "before alpha𝑥 after"),
-    (r"\mathrel{ \mbox{pi.title}}", "before pi.title after"),
-    (r"\mathop{\text{sum}}\limits_k \alpha", "before sum𝑘𝛼 after"),
-    (r"\newcommand{\f}{\text{alpha sum}}\mathop{\f}_x", "before alpha sum𝑥 after"),
-    (r"\newcommand{\f}[1]{\mathrel{\text{of #1,}}} \f{pi} \f{min sum}",
-     "before of pi, of min sum, after"),
-    (r"\newcommand{\f}[1]{\mathop{\text{#1}}}\newcommand{\g}[2]{\f{#2}#1} \g{\rho}{rho}",
-     "before rho𝜌 after"),
-    (r"\mathop{\textbf{max beta}} \beta", "before 𝐦𝐚𝐱 𝐛𝐞𝐭𝐚𝛽 after")])
-def test_a_name_that_mathematics_defines_is_a_name_in_text(read, source, shown):
-    reader = read([new_markdown_cell(f"# T\n\nbefore ${source}$ after")])
-    assert flat(shown) in flat(text_of(reader))
+def test_words_in_formulas_are_never_code(read):
+    cells = numbered(WORDS_IN_FORMULAS, gap=" ")
+    reader = read([new_markdown_cell("# T"), *cells], student="Ada Lovelace")
+    for source, shown in shown_between(reader, WORDS_IN_FORMULAS):
+        assert "Lovelace" not in shown and "Homework4:Pruning" not in shown, source
+    pages = flat("".join(page.extract_text() for page in reader.pages[1:]))
+    assert "Lovelace" not in pages and "Homework4:Pruning" not in pages
 
 
-@pytest.mark.parametrize("source", [
-    "a <b> c", "a </b> c", "a <sub>b *c</sub> d* e", "| a <b> | c |\n|--|--|\n| </u> d | e |",
-    "## <i> head (3 points)", "[link <b>](https://example.org) d"])
-def test_html_tags_without_their_other_half_do_no_harm(read, source):
-    text = flat(text_of(read([new_markdown_cell(f"# T\n\nbefore\n\n{source}\n\nafter")])))
-    assert "before" in text and text.split("before")[1].split("after")[0].strip("[]") != ""
+def test_a_name_that_mathematics_defines_is_a_name_in_text(read):
+    cases = {
+        r"$\mathop{\text{alpha}}_x$": "alpha𝑥",
+        r"$\mathrel{ \mbox{pi.title}}$": "pi.title",
+        r"$\mathop{\text{sum}}\limits_k \alpha$": "sum𝑘𝛼",
+        r"$\mathop{\textbf{max beta}} \beta$": "𝐦𝐚𝐱𝐛𝐞𝐭𝐚𝛽",
+        r"$\newcommand{\f}{\text{alpha sum}}\mathop{\f}_x$": "alphasum𝑥",
+        r"$\newcommand{\f}[1]{\mathrel{\text{of #1,}}} \f{pi} \f{min sum}$": "ofpi,ofminsum,",
+        r"$\newcommand{\f}[1]{\mathop{\text{#1}}}\newcommand{\g}[2]{\f{#2}#1} \g{\rho}{rho}$":
+            "rho𝜌",
+    }
+    cells = numbered(cases, gap=" ")
+    reader = read(cells[:5], [cells[5]], [cells[6]])  # a macro ends with its notebook
+    for source, shown in shown_between(reader, cases):
+        assert shown == cases[source], source
+
+
+def test_html_tags_without_their_other_half_do_no_harm(read):
+    # first the end of a tag, which nothing before it may be closed by
+    sources = ["a </b> c", "a <b> c", "a <sub>b *c</sub> d* e",
+               "| a <b> | c |\n|--|--|\n| </u> d | e |", "## <i> head (3 points)",
+               "[link <b>](https://example.org) d"]
+    reader = read([new_markdown_cell("# T"), *numbered(sources)])
+    for source, shown in shown_between(reader, sources):
+        assert shown.strip("[]") != "", source
+    text = flat(text_of(reader))
     assert "]" not in text and "<" not in text
 
 
-@pytest.mark.parametrize("definition, use, shown", [
+MACROS = [  # definition, use, shown
     (r"\newcommand{\R}{\mathbb{R}}", r"\R", "ℝ"),
     (r"\newcommand\w{y}", r"\w + 1", "𝑦+1"),
     (r"\newcommand{\pair}[2]{(#2, #1)}", r"\pair{a}{b}", "(𝑏,𝑎)"),
@@ -758,12 +791,23 @@ def test_html_tags_without_their_other_half_do_no_harm(read, source):
     (r"\DeclareMathOperator*{\amin}{arg\,min}", r"\amin_x f", "argmin𝑥𝑓"),
     (r"\newcommand{\a}{\b}\newcommand{\b}{c}", r"\a", "𝑐"),
     (r"\newcommand{\a}{b}\renewcommand{\a}{\text{in {braces {and}} more}}", r"\a",
-     "inbracesandmore")])
-def test_macros_serve_the_formulas_that_follow(read, definition, use, shown):
-    cells = ["# T", f"defined ${definition}$ here", f"before ${use}$ after", f"- $$ {use} $$"]
-    text = flat(text_of(read([], [new_markdown_cell(cell) for cell in cells])))
-    assert "definedhere" in text and f"before{shown}after" in text
-    assert text.count(shown) == 2
+     "inbracesandmore")]
+
+
+@pytest.mark.parametrize("cases", [MACROS[:3], MACROS[3:6], MACROS[6:]],
+                         ids=["newcommand", "other forms", "macros in macros"])
+def test_macros_serve_the_formulas_that_follow(read, cases):
+    """In a notebook of its own each, as macros end with it, and so on a page of its own."""
+    notebooks = []
+    for definition, use, _ in cases:
+        cells = ["# T", f"defined ${definition}$ here", f"before ${use}$ after", f"- $$ {use} $$"]
+        notebooks.append([new_markdown_cell(cell) for cell in cells])
+    reader = read(*notebooks)
+    assert len(reader.pages) == 4
+    for (definition, _, shown), page in zip(cases, reader.pages[1:]):
+        text = flat(page.extract_text())
+        assert "definedhere" in text and f"before{shown}after" in text, definition
+        assert text.count(shown) == 2, definition
 
 
 def test_macros_end_with_their_notebook(write, refused):

@@ -20,7 +20,7 @@ import torch
 
 import cifar10
 import train_utils
-from conftest import REPOSITORY, make_net, same, state_of
+from conftest import REPOSITORY, first_of, make_net, same, state_of
 from experiments import runs
 from experiments.run import build, train_run
 from files import atomic_write, check_writable
@@ -32,12 +32,18 @@ from training.checkpoints import atomic_save
 from training.journal import Journal
 from training.recipe import Recipe
 
-RECIPE = Recipe(epochs=3, batch_size=64, lr=0.05, weight_decay=1e-3)
+RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05, weight_decay=1e-3)
 ONE_EPOCH = dataclasses.replace(RECIPE, epochs=1)
 
 
 def train_net(net, data, recipe=RECIPE, state_path=None, seed=3):
     return fit(net, recipe, data, seed=seed, journal=Journal(state_path=state_path))
+
+
+@pytest.fixture(scope="module")
+def small_cifar(cifar):
+    """64 real training images, four steps an epoch, and 50 real test images."""
+    return first_of(cifar, 64, 50)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +151,7 @@ def test_out_of_memory_suggests_a_smaller_batch_and_keeps_what_was_reached(
     hook = out_of_memory_in_step(net, 7)
     with pytest.raises(
         torch.OutOfMemoryError,
-        match="epoch 2: out of memory with batch_size=64; try batch_size=32.*2.00 GiB",
+        match="epoch 2: out of memory with batch_size=16; try batch_size=8.*2.00 GiB",
     ):
         train_net(net, small_cifar, state_path=tmp_path / "state.pt")
     hook.remove()
@@ -171,7 +177,7 @@ torch.set_num_threads({threads})
 data = CIFAR10(*torch.load({data!r}, weights_only=True))
 train_utils.get_data = lambda device: data
 run.ResNetCIFAR = lambda layers, *arguments: ResNetCIFAR(8, *arguments)
-recipe = Recipe(epochs=2, batch_size=64, lr=0.01)
+recipe = Recipe(epochs=2, batch_size=32, lr=0.01)
 runs.RUNS = {{"pretrain": runs.Run("pretrain", "a tiny run", start_from=None, keep="last",
                                   recipe=recipe)}}
 """
@@ -196,7 +202,7 @@ def tiny_run(small_cifar, tmp_path):
 
     Whole, it renames four files into place: the state after each epoch, the weights, the record.
     """
-    torch.save([tensor[:128].clone() for tensor in small_cifar], tmp_path / "data.pt")
+    torch.save(list(small_cifar), tmp_path / "data.pt")
 
     def run(folder, kill=""):
         shutil.copytree(REPOSITORY / "experiments", folder / "experiments", dirs_exist_ok=True,
@@ -567,7 +573,7 @@ def test_a_seed_covers_initialization_order_and_augmentation(small_cifar):
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[3])
 
     def epoch(seed):
-        batches = Batches(small_cifar.train_images, torch.arange(256), 256, seed, augment=True)
+        batches = Batches(small_cifar.train_images, torch.arange(64), 64, seed, augment=True)
         (x, order), = batches
         return x[order.argsort()], order
 

@@ -3,6 +3,7 @@ outputs.
 """
 
 import itertools
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,17 +31,21 @@ def read():
 
 
 @pytest.fixture(scope="module")
-def lab():
+def lab(tmp_path_factory):
     """Run the notebook's code cells once, its asserts included; return everything that they define.
 
-    `answers` are the texts of its answers, in order.
+    Alone in an empty folder, with nothing of ours to import, as it is handed in. `answers` are the
+    texts of its answers, in order.
     """
     backend = matplotlib.get_backend()
     matplotlib.use("Agg")
     names = {"answers": []}
     place = SimpleNamespace(update=lambda text: names["answers"].append(text.data))
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        patch.setattr(sys, "path", [folder for folder in sys.path
+                                    if ROOT not in (Path(folder).resolve(),
+                                                    Path(folder).resolve().parent)])
         patch.setattr(IPython.display, "display", lambda *_, **__: place)
         for cell in read().cells:
             if cell.cell_type == "code":
