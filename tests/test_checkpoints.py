@@ -73,7 +73,9 @@ def assert_resumes_to(unbroken, data, state_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("epoch", [2, 3])
+# ("everything", 3) is what the killed one below resumes from
+@pytest.mark.parametrize("unbroken, epoch", [("plain", 2), ("plain", 3), ("everything", 2)],
+                         indirect=["unbroken"], scope="module")
 def test_a_run_that_fails_between_epochs_resumes_bit_for_bit(
     monkeypatch, unbroken, data, tmp_path, epoch
 ):
@@ -287,12 +289,6 @@ def test_a_failed_save_keeps_the_earlier_file(monkeypatch, tmp_path, function, t
         atomic_save({"a": torch.zeros(3)}, path)
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_save_into_no_folder_names_the_file(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot write .*net.pt"):
-        atomic_save({}, tmp_path / "file" / "net.pt")
 
 
 # ---------------------------------------------------------------- learned steps

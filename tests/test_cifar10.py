@@ -1,4 +1,6 @@
-"""CIFAR-10: whole or not at all whatever happens on the way."""
+"""CIFAR-10: whole or not at all whatever happens on the way, which is tried with a few of its
+images.
+"""
 
 import errno
 import hashlib
@@ -21,7 +23,7 @@ from torchvision.datasets import CIFAR10 as TorchvisionCIFAR10
 
 import cifar10
 from cifar10 import CIFAR10Error
-from conftest import REPOSITORY
+from conftest import REPOSITORY, first_of
 
 real_from_npm = cifar10._from_npm
 
@@ -47,20 +49,41 @@ def no_network(monkeypatch):
         monkeypatch.setattr(cifar10, name, failing(name))
 
 
+def arrays_of(data):
+    """The four arrays as the sources return them."""
+    return [t.numpy().astype(np.uint8, copy=False) for t in data]
+
+
 @pytest.fixture(scope="session")
 def arrays(cifar):
-    """The four arrays as the sources return them."""
-    return [t.numpy().astype(np.uint8, copy=False) for t in cifar]
+    return arrays_of(cifar)
 
 
 @pytest.fixture
-def online(monkeypatch, arrays):
+def few(monkeypatch, cifar):
+    """500 training and 100 test images, which cifar10 takes for the whole data set."""
+    few = first_of(cifar, 500, 100)
+    monkeypatch.setattr(cifar10, "SHAPES", [tuple(tensor.shape) for tensor in few])
+    monkeypatch.setattr(cifar10, "SHA256", cifar10._digest(arrays_of(few)))
+    return few
+
+
+@pytest.fixture
+def few_cached(few, tmp_path_factory):
+    """The cache of `few`."""
+    path = tmp_path_factory.mktemp("few") / cifar10.CACHE_NAME
+    cifar10._write_cache(path, arrays_of(few))
+    return path
+
+
+@pytest.fixture
+def online(monkeypatch, few):
     """A download that works; counts how often it is asked."""
     calls = []
 
     def _from_torchvision(root):
         calls.append(root)
-        return arrays
+        return arrays_of(few)
 
     monkeypatch.setattr(cifar10, "_from_torchvision", _from_torchvision)
     return calls
@@ -127,27 +150,26 @@ def test_default_root(monkeypatch, tmp_path, value, expected):
     assert str(cifar10.default_root()) == str(expected)
 
 
-def test_a_fetched_data_set_is_cached_for_everyone_and_not_fetched_again(online, cifar, tmp_path):
+def test_a_fetched_data_set_is_cached_for_everyone_and_not_fetched_again(online, few, tmp_path):
     root = tmp_path / "not" / "there" / "yet"
-    assert same(cifar10.load(root), cifar)
-    assert same(cifar10.load(root), cifar)
+    assert same(cifar10.load(root), few)
+    assert same(cifar10.load(root), few)
     assert len(online) == 1
     assert left_in(root) == {cifar10.CACHE_NAME}
     assert (root / cifar10.CACHE_NAME).stat().st_mode & 0o444 == 0o444
 
 
-def truncated(path, arrays, cifar_root):
-    with (cifar_root / cifar10.CACHE_NAME).open("rb") as whole:
-        path.write_bytes(whole.read(1_000_000))
+def truncated(path, cached):
+    path.write_bytes(cached.read_bytes()[:1_000_000])
 
 
-def one_pixel_altered(path, arrays, cifar_root):
-    images = arrays[0].copy()
-    images[31_415, 1, 5, 9] ^= 1
-    np.savez(path, **dict(zip(cifar10.CIFAR10._fields, [images, *arrays[1:]])))
+def one_pixel_altered(path, cached):
+    images, *others = cifar10._read_cache(cached)
+    images[314, 1, 5, 9] ^= 1
+    np.savez(path, **dict(zip(cifar10.CIFAR10._fields, [images, *others])))
 
 
-def pickled_inside(path, arrays, cifar_root):
+def pickled_inside(path, cached):
     np.savez(
         path, train_images=np.array([Bomb(path.with_name("boom"))], dtype=object), allow_pickle=True
     )
@@ -168,9 +190,9 @@ damages = pytest.mark.parametrize("damage", [truncated, one_pixel_altered, pickl
 
 @damages
 def test_a_damaged_cache_is_named_beside_every_other_source_that_failed(
-    damage, arrays, cifar_root, tmp_path
+    damage, few_cached, tmp_path
 ):
-    damage(tmp_path / cifar10.CACHE_NAME, arrays, cifar_root)
+    damage(tmp_path / cifar10.CACHE_NAME, few_cached)
     with pytest.raises(CIFAR10Error) as caught:
         cifar10.load(tmp_path)
     for part in (
@@ -183,10 +205,10 @@ def test_a_damaged_cache_is_named_beside_every_other_source_that_failed(
     assert not (tmp_path / "boom").exists()
 
 
-def test_a_damaged_cache_is_replaced(online, arrays, cifar, cifar_root, tmp_path):
-    truncated(tmp_path / cifar10.CACHE_NAME, arrays, cifar_root)
-    assert same(cifar10.load(tmp_path), cifar)
-    assert same(cifar10.load(tmp_path), cifar)
+def test_a_damaged_cache_is_replaced(online, few, few_cached, tmp_path):
+    truncated(tmp_path / cifar10.CACHE_NAME, few_cached)
+    assert same(cifar10.load(tmp_path), few)
+    assert same(cifar10.load(tmp_path), few)
     assert len(online) == 1
 
 
@@ -226,19 +248,18 @@ def listing(folder, names):
 TRAIN_NAMES, TEST_NAMES = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
 
 
-@pytest.fixture(scope="session")
-def official(tmp_path_factory, arrays):
+@pytest.fixture
+def official(tmp_path_factory, few):
     """The batches in the official format, and their MD5 lists in torchvision's."""
     folder = tmp_path_factory.mktemp("official")
-    train_images, train_labels, test_images, test_labels = arrays
+    train_images, train_labels, test_images, test_labels = arrays_of(few)
     for i, name in enumerate(TRAIN_NAMES):
-        part = slice(10_000 * i, 10_000 * (i + 1))
+        part = slice(100 * i, 100 * (i + 1))
         (folder / name).write_bytes(official_batch(train_images[part], train_labels[part]))
     (folder / "test_batch").write_bytes(official_batch(test_images, test_labels))
-    yield SimpleNamespace(
+    return SimpleNamespace(
         folder=folder, train=listing(folder, TRAIN_NAMES), test=listing(folder, TEST_NAMES)
     )
-    shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -249,15 +270,15 @@ def root_with_batches(monkeypatch, official, tmp_path):
     return tmp_path
 
 
-def test_existing_batches_are_read_and_cached(root_with_batches, cifar):
-    assert same(cifar10.load(root_with_batches), cifar)
+def test_existing_batches_are_read_and_cached(root_with_batches, few):
+    assert same(cifar10.load(root_with_batches), few)
     assert cifar10.CACHE_NAME in left_in(root_with_batches)
 
 
-def test_existing_batches_serve_from_a_read_only_folder(monkeypatch, root_with_batches, cifar):
+def test_existing_batches_serve_from_a_read_only_folder(monkeypatch, root_with_batches, few):
     """os.access is patched because root may write anywhere."""
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    assert same(cifar10.load(root_with_batches), cifar)
+    assert same(cifar10.load(root_with_batches), few)
     assert left_in(root_with_batches) == {"cifar-10-batches-py"}
 
 
@@ -329,8 +350,12 @@ def test_a_folder_that_cannot_be_made_is_an_os_error(online, tmp_path):
 
 PROCESS = """
 import os, pathlib, signal, sys, time
+import numpy as np
 import cifar10
 cache, root = map(pathlib.Path, sys.argv[1:3])
+with np.load(cache) as few:
+    arrays = [few[name] for name in cifar10.CIFAR10._fields]
+cifar10.SHAPES, cifar10.SHA256 = [a.shape for a in arrays], cifar10._digest(arrays)
 
 def _from_torchvision(root):
     with (root / "fetches").open("a") as log:
@@ -341,35 +366,35 @@ def _from_torchvision(root):
             break
         time.sleep(0.05)
     time.sleep(0.3)
-    return cifar10._read_cache(cache)
+    return arrays
 
 cifar10._from_torchvision = _from_torchvision
 if sys.argv[3] == "die":
     os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
 (root / f"ready-{os.getpid()}").touch()
-assert len(cifar10.load(root).train_images) == 50_000
+assert len(cifar10.load(root).train_images) == 500
 """
 
 
-def start(cifar_root, root, mode):
-    command = [sys.executable, "-c", PROCESS, cifar_root / cifar10.CACHE_NAME, root, mode]
+def start(cached, root, mode):
+    command = [sys.executable, "-c", PROCESS, cached, root, mode]
     return subprocess.Popen(command, cwd=REPOSITORY)
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_fetch_once(cifar_root, tmp_path):
-    processes = [start(cifar_root, tmp_path, "both") for _ in range(2)]
+def test_two_processes_at_once_fetch_once(few_cached, tmp_path):
+    processes = [start(few_cached, tmp_path, "both") for _ in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert (tmp_path / "fetches").read_text() == "fetch\n"
 
 
 @pytest.mark.slow
 def test_a_process_killed_while_writing_leaves_no_cache_and_no_lock(
-    online, cifar, cifar_root, tmp_path
+    online, few, few_cached, tmp_path
 ):
-    assert start(cifar_root, tmp_path, "die").wait(timeout=120) < 0
+    assert start(few_cached, tmp_path, "die").wait(timeout=120) < 0
     assert not (tmp_path / cifar10.CACHE_NAME).exists()
-    assert same(cifar10.load(tmp_path), cifar)
+    assert same(cifar10.load(tmp_path), few)
     assert len(online) == 1
 
 

@@ -14,10 +14,8 @@ from conftest import REPOSITORY, make_net, same, state_of
 import cifar10
 from benchmarks import runtimes
 from experiments.run import load_checkpoint
-from FP_layers import Learned
 from model_file import __main__ as command_line
 from model_file.__main__ import main
-from model_file.export import calibration_images, export_onnx, quantize_int8
 from model_file.network import CompressionError, decompress
 from training.batches import normalize
 
@@ -30,13 +28,21 @@ def net():
 
 
 @pytest.fixture(scope="module")
-def model(net):
-    return export_onnx(net)
+def exporter():
+    """model_file.export, with libraries that take long to import and that only this file needs."""
+    from model_file import export
+
+    return export
 
 
 @pytest.fixture(scope="module")
-def int8(model, cifar):
-    return quantize_int8(model, calibration_images(cifar))
+def model(exporter, net):
+    return exporter.export_onnx(net)
+
+
+@pytest.fixture(scope="module")
+def int8(exporter, model, cifar):
+    return exporter.quantize_int8(model, exporter.calibration_images(cifar))
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +67,11 @@ def test_the_logits_are_those_of_pytorch_for_any_number_of_images(net, model, im
             assert torch.equal(exported(images[:n]).argmax(1), net(images[:n]).argmax(1))
 
 
-@pytest.mark.parametrize("quantizer", [
-    {}, dict(Nbits=4), dict(Nbits=2, symmetric=True, quantizer=Learned),
-], ids=str)
-def test_any_quantizer_is_exported_and_the_net_is_left_alone(quantizer, images):
-    net = make_net(**quantizer).train()
+def test_a_net_in_training_is_exported_and_left_alone(exporter, images):
+    """Of another quantizer than RUN's; ready for evaluation, all are plain convolutions."""
+    net = make_net(Nbits=4).train()
     before = state_of(net)
-    exported = runtimes.OnnxNet(export_onnx(net))
+    exported = runtimes.OnnxNet(exporter.export_onnx(net))
     assert net.training and same(state_of(net), before)
     with torch.no_grad():
         torch.testing.assert_close(exported(images[:5]), net.eval()(images[:5]),
@@ -118,13 +122,14 @@ def test_the_answers_in_8_bits_are_nearly_those_in_float(model, int8, images):
     assert 0 < (float_ - integers).abs().max() < 3  # of logits up to 15
 
 
-def test_calibration_sees_training_images_only(cifar):
+def test_calibration_sees_training_images_only(exporter, cifar):
     class Training:
         """Data whose test images cannot be looked at."""
 
         train_images = cifar.train_images
 
-    assert torch.equal(calibration_images(Training), normalize(cifar.train_images[:500]))
+    images = exporter.calibration_images(Training)
+    assert torch.equal(images, normalize(cifar.train_images[:500]))
 
 
 def test_the_command_calibrates_on_training_images(monkeypatch, tmp_path, cifar, model, int8):
@@ -137,9 +142,9 @@ def test_the_command_calibrates_on_training_images(monkeypatch, tmp_path, cifar,
     assert torch.equal(written(images), runtimes.OnnxNet(int8)(images))
 
 
-def test_other_images_give_other_steps(model, cifar):
+def test_other_images_give_other_steps(exporter, model, cifar):
     """What the images are is what the steps come from."""
-    dark = quantize_int8(model, calibration_images(cifar)[:50] * 0.01)
+    dark = exporter.quantize_int8(model, exporter.calibration_images(cifar)[:50] * 0.01)
     images = normalize(cifar.test_images[:100])
     lost = runtimes.OnnxNet(dark)(images).argmax(1) != runtimes.OnnxNet(model)(images).argmax(1)
     assert lost.float().mean() > 0.2
@@ -205,22 +210,26 @@ def test_other_commands_do_without_onnx(tmp_path):
 
 # ---------------------------------------------------------------- killed, and two at once
 
-KILLED = """
-import os, signal, sys
+# with an export that needs none of the libraries, which take a process longer than the rest
+QUICK = """
+import sys
+from types import SimpleNamespace
+sys.modules["model_file.export"] = SimpleNamespace(
+    export_onnx=lambda net: {model}, calibration_images=None, quantize_int8=None)
+"""
+KILLED = QUICK.format(model="bytes(1_000_000)") + """
+import os, signal
 real = os.{function}
 def killed(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 os.{function} = killed
-import model_file.export
-model_file.export.export_onnx = lambda net: bytes(1_000_000)
 from model_file.__main__ import main
 main({arguments!r})
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-@pytest.mark.parametrize("command", ["pack", "export"])
+@pytest.mark.parametrize("command, function", [("pack", "replace"), ("export", "fsync")])
 def test_killed_while_it_writes_there_is_no_half_file(command, function, tmp_path, monkeypatch):
     """The name holds what it held, or is not there; the command then works as ever."""
     out, arguments = tmp_path / "out", [command, RUN, str(tmp_path / "out")]
@@ -234,10 +243,7 @@ def test_killed_while_it_writes_there_is_no_half_file(command, function, tmp_pat
     assert main(arguments) == 0 and out.stat().st_size > 30_000
 
 
-TWO = """
-import sys, time
-import model_file.export
-model_file.export.export_onnx = lambda net: sys.argv[1].encode() * 3_000_000
+TWO = QUICK.format(model="sys.argv[1].encode() * 3_000_000") + """
 from model_file.__main__ import main
 print("ready", flush=True)
 sys.stdin.readline()

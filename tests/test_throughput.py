@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.data import RandomSampler
 from torchvision import transforms
 
 from benchmarks import assigned, throughput, timing
+from cifar10 import CIFAR10
 from conftest import REPOSITORY
 from train_utils import train_epoch
 from training.execution import Execution
@@ -72,11 +74,12 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def process(small_cifar):
-    """The assigned process, started from one that has our allocator settings."""
+    """The assigned process of --quick, started from one that has our allocator settings."""
+    data = CIFAR10(*(tensor[:200] for tensor in small_cifar))
     with pytest.MonkeyPatch.context() as patch:
         for setting in SETTINGS:
             patch.setenv(*setting.split("=", 1))
-        with timing.AssignedProcess(small_cifar, workers=0) as process:
+        with timing.AssignedProcess(data, workers=1) as process:
             assert all(name in os.environ for name in timing.ALLOCATOR)
             yield process
 
@@ -181,11 +184,20 @@ def test_two_evaluations_that_disagree_are_an_error(monkeypatch, small_cifar):
 
 @pytest.mark.slow
 def test_quick_measures_everything_and_shows_what_it_wrote(
-    monkeypatch, small_cifar, tmp_path, capsys
+    monkeypatch, small_cifar, process, tmp_path, capsys
 ):
+    asked = []
+
+    def assigned_process(data, workers):
+        asked.append(workers)
+        assert all(map(torch.equal, data, [tensor[:200] for tensor in small_cifar]))
+        return nullcontext(process)  # a second one takes seconds to start
+
+    monkeypatch.setattr(throughput, "AssignedProcess", assigned_process)
     monkeypatch.setattr(throughput.cifar10, "load", lambda device: small_cifar)
     out = tmp_path / "speed.json"
     assert throughput.main(["--quick", "--device", "cpu", "--workers", "1", "--out", str(out)]) == 0
+    assert asked == [1]
     printed, results = capsys.readouterr().out, json.loads(out.read_text())
     assert set(results["training"]) == {"8", "16"}
     for rows in (*results["training"].values(), results["evaluation"]):
