@@ -958,15 +958,16 @@ def test_no_line_of_a_long_listing_stands_alone(read):
 
 @pytest.fixture(scope="module", params=DOCUMENTS)
 def own(request, tmp_path_factory):
-    """(name, reader) of a document made from the notebooks as they are stored."""
+    """(name, reader, text) of a document made from the notebooks as they are stored."""
     out = tmp_path_factory.mktemp("own") / request.param
     export(request.param, REPOSITORY, out)
-    return request.param, PdfReader(out)
+    reader = PdfReader(out)
+    return request.param, reader, text_of(reader)
 
 
 @pytest.mark.slow
 def test_own_figures_have_captions_and_alternative_texts(own):
-    document, reader = own
+    document, reader, text = own
     expected = []
     for name in DOCUMENTS[document][1]:
         for number, cell in part_of(read_cells(REPOSITORY / name), document):
@@ -976,14 +977,14 @@ def test_own_figures_have_captions_and_alternative_texts(own):
                 expected.append(alt)
     assert len(expected) >= 8 and alternative_texts(reader) == expected
     assert len(set(expected)) == len(expected)
-    numbers = [int(n) for n in re.findall(r"Figure (\d+)\.", text_of(reader))]
+    numbers = [int(n) for n in re.findall(r"Figure (\d+)\.", text)]
     assert numbers == list(range(1, len(expected) + 1))
 
 
 @pytest.mark.slow
 def test_own_pages_are_filled(own):
     """Each is at least half full, but for a section's last, and none ends with a heading."""
-    document, reader = own
+    _, reader, _ = own
     assert len(reader.pages) <= 30
     starts = {reader.get_destination_page_number(item) for item in reader.outline
               if not isinstance(item, list)}
@@ -997,8 +998,9 @@ def test_own_pages_are_filled(own):
 
 @pytest.mark.slow
 def test_own_text_has_no_character_that_a_reader_cannot_see(own):
-    assert not re.search("[\u200b-\u200d\u2060\ufeff]", text_of(own[1]))
-    assert missing_glyphs(own[1]) == 0
+    _, reader, text = own
+    assert not re.search("[\u200b-\u200d\u2060\ufeff]", text)
+    assert missing_glyphs(reader) == 0
 
 
 def test_images_in_markdown_are_taken_over(read, tmp_path):

@@ -105,6 +105,7 @@ def test_every_quantized_weight_is_quantized_once_and_every_batchnorm_folded(
             1, nn.BatchNorm2d(16, track_running_stats=False).eval()
         ),
         lambda net: net.head_conv.__setitem__(1, nn.BatchNorm2d(16, affine=False).eval()),
+        lambda net: setattr(net.head_conv[1], "eps", 1.0),
         lambda net: net.body_op.__setitem__(1, net.body_op[0]),  # one block, twice
     ],
     ids=[
@@ -117,6 +118,7 @@ def test_every_quantized_weight_is_quantized_once_and_every_batchnorm_folded(
         "no norm",
         "batch statistics",
         "plain norm",
+        "another epsilon",
         "shared",
     ],
 )

@@ -43,7 +43,7 @@ def _folded(net):
     names = list(children) if isinstance(net, nn.Sequential) else []
     for conv, norm in zip(names, names[1:]):
         layer, batch_norm = children[conv], children[norm]
-        if (isinstance(layer, FP_Conv) and type(batch_norm) is nn.BatchNorm2d
+        if (isinstance(layer, FP_Conv) and isinstance(batch_norm, nn.BatchNorm2d)
                 and batch_norm.track_running_stats):
             weight, bias = fuse_conv_bn_weights(
                 layer.quantized_weight(), layer.conv.bias, batch_norm.running_mean,
@@ -94,7 +94,6 @@ def fingerprint(net):
         return None
     twin = for_evaluation(net)
     digest = hashlib.sha256(repr(twin).encode())
-    for name, tensor in twin.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+    for tensor in twin.state_dict().values():  # names and shapes follow from the modules
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
