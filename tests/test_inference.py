@@ -165,9 +165,10 @@ def test_a_missing_child_stays_missing():
 
 
 @pytest.mark.parametrize("arguments", QUANTIZERS, ids=str)
-def test_a_twin_has_plain_layers_and_no_tensor_but_parameters_and_buffers(arguments):
+def test_a_twin_has_plain_layers_and_no_tensor_but_parameters_and_buffers(arguments, x):
     net = lively(**arguments)
     twin = for_evaluation(net)
+    assert not twin(x[:2]).requires_grad  # its logits may go to NumPy as they are
     for module in twin.modules():
         assert not isinstance(module, (FP_Conv, FP_Linear))
         assert all(isinstance(p, nn.Parameter) for p in module._parameters.values()

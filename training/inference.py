@@ -58,7 +58,7 @@ def _with_weight(layer, weight, bias):
     """Return a copy of an nn.Conv2d or nn.Linear that computes with another weight and bias."""
     twin = copy.copy(layer)
     twin._parameters = {
-        name: tensor if tensor is None else nn.Parameter(tensor.detach())
+        name: tensor if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
         for name, tensor in (("weight", weight), ("bias", bias))}
     return twin
 
