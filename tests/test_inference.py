@@ -131,6 +131,27 @@ def test_a_net_that_was_tampered_with_computes_what_it_computes(change, x):
 
 
 @torch.no_grad()
+def test_a_class_whose_forward_was_replaced_computes_what_it_computes(monkeypatch, x):
+    net = lively(Nbits=4)
+    untouched = net(x)
+    monkeypatch.setattr(FP_Linear, "forward", lambda self, x: self.linear(x) + 1)
+    assert not is_plain(net)
+    torch.testing.assert_close(for_evaluation(net)(x), net(x))
+    assert not torch.allclose(net(x), untouched)
+
+
+@torch.no_grad()
+def test_a_convolution_s_own_bias_is_folded_too(x):
+    torch.manual_seed(0)
+    layers = FP_Conv(3, 8, 3, 1, 1, bias=True, Nbits=4), nn.BatchNorm2d(8)
+    net = nn.Sequential(*layers).eval()
+    layers[0].conv.bias.uniform_(1, 2)
+    twin = for_evaluation(net)
+    assert isinstance(twin[1], nn.Identity)
+    torch.testing.assert_close(twin(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_a_missing_child_stays_missing():
     block = ResNet_Block(3, 4, 1).eval()
     block.register_module("spare", None)
@@ -144,9 +165,10 @@ def test_a_missing_child_stays_missing():
 
 
 @pytest.mark.parametrize("arguments", QUANTIZERS, ids=str)
-def test_a_twin_has_plain_layers_and_no_tensor_but_parameters_and_buffers(arguments):
+def test_a_twin_has_plain_layers_and_no_tensor_but_parameters_and_buffers(arguments, x):
     net = lively(**arguments)
     twin = for_evaluation(net)
+    assert not twin(x[:2]).requires_grad  # its logits may go to NumPy as they are
     for module in twin.modules():
         assert not isinstance(module, (FP_Conv, FP_Linear))
         assert all(isinstance(p, nn.Parameter) for p in module._parameters.values()
@@ -343,10 +365,12 @@ def test_what_a_hook_stores_in_a_test_is_there_afterwards(evaluations):
     assert seen.count(net) == 2 and net.activations.shape == (20, 10)
 
 
-def test_a_hook_on_all_modules_is_heard(evaluations):
+@pytest.mark.parametrize("register", [nn.modules.module.register_module_forward_hook,
+                                      nn.modules.module.register_module_forward_pre_hook])
+def test_a_hook_on_all_modules_is_heard(evaluations, register):
     net, seen = lively(), []
     x = normalize(train_utils.get_data("cpu").test_images[:50])
-    handle = nn.modules.module.register_module_forward_hook(lambda *arguments: seen.append(1))
+    handle = register(lambda *arguments: seen.append(1))
     try:
         net(x)
         once = len(seen)

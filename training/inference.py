@@ -38,7 +38,6 @@ def _folded(net):
     if isinstance(net, FP_Conv):
         return _with_weight(net.conv, net.quantized_weight(), net.conv.bias)
     twin = copy.copy(net)  # shallow: its own dictionary of children, the same parameters
-    twin.training = False
     children = dict(net._modules)
     names = list(children) if isinstance(net, nn.Sequential) else []
     for conv, norm in zip(names, names[1:]):
@@ -58,7 +57,6 @@ def _folded(net):
 def _with_weight(layer, weight, bias):
     """Return a copy of an nn.Conv2d or nn.Linear that computes with another weight and bias."""
     twin = copy.copy(layer)
-    twin.training = False
     twin._parameters = {
         name: tensor if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
         for name, tensor in (("weight", weight), ("bias", bias))}
