@@ -57,10 +57,10 @@ def methods(net):
     Those of SYMBOLS stand in place of the symbols in the file with a fixed width. Each is decoded
     and compared. Raises as compress does.
     """
-    costs, data = {}, {}
+    costs = {}
     for method, (coder, float_bits) in FILES.items():
-        data[method], seconds = _timed(compress, net, coder, float_bits)
-        costs[method] = Cost(len(data[method]), seconds, _timed(decompress, data[method])[1])
+        data, seconds = _timed(compress, net, coder, float_bits)
+        costs[method] = Cost(len(data), seconds, _timed(decompress, data)[1])
     whole = parts_of(net, "packed", 32)
     parts = [part for part in whole
              if part.symbols is not None and part.record.alphabet.is_told]

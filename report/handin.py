@@ -34,12 +34,11 @@ def hand_in(source, out, student, netid):
     for name in NOTEBOOKS:
         read_cells(Path(source) / name)
     out = Path(out)
-    other = sorted({path.name for path in out.iterdir()} - {"report.pdf", *NOTEBOOKS}
-                   if out.is_dir() else ())
-    if other:
-        raise ReportError(f"{out} holds {other[0]}, which is not of a hand-in; move it, or name "
-                          "another folder with --out")
     try:
+        found = {path.name for path in out.iterdir()} if out.exists() else set()
+        for name in sorted(found - {"report.pdf", *NOTEBOOKS}):
+            raise ReportError(f"{out} holds {name}, which is not of a hand-in; move it, or name "
+                              "another folder with --out")
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".handin-") as folder:
             export("report.pdf", source, Path(folder) / "report.pdf", student=student, netid=netid,
                    date=datetime.now(timezone.utc))
