@@ -91,7 +91,6 @@ ABLATION = dict(held_out=5000, keep="last")
 FLOAT_PARTS = (  # name, what, recipe, with a teacher
     ("sgd", "SGD", SGD),
     ("muon", "Muon on the convolutions but the first", MUON),
-    ("cutout", "Muon, cutout of 16 pixels", replace(MUON, cutout=16)),
     ("distill", "Muon, distillation at temperature 4", FLOAT),
 )
 TWO_BIT_PARTS = (

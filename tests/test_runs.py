@@ -198,7 +198,6 @@ MUON = {"recipe.optimizer", "recipe.lr", "recipe.muon_lr"}
 
 def test_the_ablation_takes_one_part_at_a_time():
     parts = {  # what differs from the run that has none of them
-        "ablation_float_cutout": {"recipe.cutout"},
         "ablation_float_distill": {"recipe.distill", "recipe.temperature", "teacher"},
         "ablation_float_sgd": MUON,
         "ablation_2bit_sgd": MUON,
