@@ -21,6 +21,7 @@ class Run:
     recipe: Recipe = Recipe()  # the default is the assigned one
     teacher: str | None = None  # run of the float model that is distilled from
     keep: str = "best"  # which epoch is shipped: "best" on the test set, as assigned, or "last"
+    rescale: bool = False  # in the end, weights get the size they had at initialization
     held_out: int = 0  # training images kept for testing in place of the test set
     seed: int = 0  # of initialization, data order and augmentation
 
@@ -113,11 +114,11 @@ def _ablation_runs():
               recipe=replace(FLOAT_ON, epochs=20, cutout=0), **ABLATION)
     yield Run("ablation_float_on_cutout", "the same with cutout of 16 pixels",
               start_from="ablation_float_distill", teacher="ablation_float_distill",
-              recipe=replace(FLOAT_ON, epochs=20), **ABLATION)
+              recipe=replace(FLOAT_ON, epochs=20), rescale=True, **ABLATION)
     for part, what, recipe in TWO_BIT_PARTS:
         yield Run(f"ablation_2bit_{part}", f"2-bit weights, 20 epochs: {what}",
-                  start_from="ablation_float_muon", Nbits=2, quantizer="learned", recipe=recipe,
-                  teacher="ablation_float_muon" if recipe.distill else None, **ABLATION)
+                  start_from="ablation_float_on_cutout", Nbits=2, quantizer="learned",
+                  recipe=recipe, teacher="ablation_float_on_cutout", **ABLATION)
 
 
 def _earlier_ablation_runs():
@@ -153,7 +154,7 @@ RUNS = {run.name: run for run in (
     Run("pretrain_first", "the float model after its first training", start_from=None, keep="last",
         recipe=replace(FLOAT, epochs=100), teacher="teacher"),
     Run("pretrain", "Lab 2 (a): the float model, from scratch", start_from="pretrain_first",
-        keep="last", recipe=replace(FLOAT_ON, epochs=100), teacher="pretrain_first",
+        keep="last", recipe=replace(FLOAT_ON, epochs=100), teacher="pretrain_first", rescale=True,
         seed=10),  # other orders and crops than in its first training
     *_assigned_runs(),
     *_improved_runs(),
