@@ -200,7 +200,7 @@ def test_the_ablation_takes_one_part_at_a_time():
     parts = {  # what differs from the run that has none of them
         "ablation_float_distill": {"recipe.distill", "recipe.temperature", "teacher"},
         "ablation_float_sgd": MUON,
-        "ablation_2bit_sgd": MUON,
+        "ablation_2bit_sgd": MUON - {"recipe.lr"},
         "ablation_2bit_temperature": {"recipe.temperature"},
     }
     for name, part in parts.items():
@@ -247,7 +247,7 @@ def test_the_base_of_the_2_bit_ablation_is_the_improved_recipe():
 def test_the_second_training_of_the_ablation_is_the_float_model_s():
     on, cutout, again = (f"ablation_float_{part}" for part in ("on", "on_cutout", "again"))
     named = {"name", "question"}
-    assert different(config(cutout), config(on)) == named | {"recipe.cutout"}
+    assert different(config(cutout), config(on)) == named | {"recipe.cutout", "rescale"}
     assert different(config(cutout), config("pretrain")) == named | {
         "held_out", "start_from", "teacher", "recipe.epochs", "seed"}
     assert different(config(again), config("pretrain_first")) == named | {
