@@ -43,6 +43,7 @@ FOREIGN = {  # what else the ground may import, beside the standard library
 LAZY_IMPORTS = {  # (file, function, module): why it is not at the top
     ("experiments/__main__.py", "_run", "experiments"): "torch, which `list` can do without",
     ("model_file/__main__.py", "_export", "model_file.export"): "onnx, for one command of four",
+    ("benchmarks/codec.py", "main", "nncodec"): "not among our requirements",
     ("cifar10.py", "_read_batches", "torchvision.datasets"): "only until the data are cached",
     ("cifar10.py", "_from_torchvision", "torchvision.datasets"): "only until the data are cached",
     ("cifar10.py", "_read_npm_archive", "PIL"): "only until the data are cached",
