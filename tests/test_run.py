@@ -149,7 +149,7 @@ def test_a_parent_in_the_folder_goes_before_the_shipped_one(pretrained, tmp_path
     assert child["start_from_sha256"] == own["weights_sha256"] != shipped["weights_sha256"]
 
 
-def test_a_run_may_leave_its_weights_as_large_as_new_ones(pretrained):
+def test_a_run_may_rescale_its_weights_in_the_end(pretrained):
     plain = run.load_or_train("pretrain")[0]
     redefine("pretrain", rescale=True)
     run.train_run("pretrain")

@@ -69,11 +69,12 @@ def orthogonal(matrix, steps=4):
 
 @torch.no_grad()
 def rescale(net):
-    """Scale each convolution in front of a BatchNorm, in place, to its norm at initialization.
+    """Scale each convolution in front of a BatchNorm, in place, to filters of norm 1 in the mean.
 
-    That is sqrt(out / 3) for PyTorch's. The BatchNorm's statistics are scaled with it, so the net
-    evaluates as before. Muon lets these weights grow, as no step of it makes them smaller, and the
-    larger they are, the less a later step of SGD turns them: its effective rate is lr / norm^2.
+    Mean is the root mean square, so the weight, (out, ...), has the norm sqrt(out). The BatchNorm's
+    statistics are scaled with it, so the net evaluates as before. Muon lets these weights grow, as
+    no step of it makes them smaller, and the larger they are, the less a later step of SGD turns
+    them: its effective rate is lr / norm^2.
 
     Source: van Laarhoven, "L2 Regularization versus Batch and Weight Normalization", 2017.
     """
@@ -81,7 +82,7 @@ def rescale(net):
         layers = list(block) if isinstance(block, nn.Sequential) else []
         for layer, norm in zip(layers, layers[1:]):
             if isinstance(norm, nn.BatchNorm2d) and layer.weight.any():
-                factor = math.sqrt(len(layer.weight) / 3) / layer.weight.norm()
+                factor = math.sqrt(len(layer.weight)) / layer.weight.norm()
                 layer.weight.mul_(factor)
                 norm.running_mean.mul_(factor)
                 norm.running_var.add_(norm.eps).mul_(factor**2).sub_(norm.eps).clamp_(min=0)
