@@ -117,10 +117,13 @@ def _ablation_runs():
     yield Run("ablation_float_on_cutout", "the same with cutout of 16 pixels",
               start_from="ablation_float_distill", teacher="ablation_float_distill",
               recipe=replace(FLOAT_ON, epochs=20), rescale=True, **ABLATION)
+    yield Run("ablation_float_last", "float model, 20 epochs on from that one: SGD, distillation",
+              start_from="ablation_float_on_cutout", teacher="ablation_float_on_cutout",
+              recipe=replace(FLOAT_LAST, epochs=20), rescale=True, **ABLATION)
     for part, what, recipe in TWO_BIT_PARTS:
         yield Run(f"ablation_2bit_{part}", f"2-bit weights, 20 epochs: {what}",
-                  start_from="ablation_float_on_cutout", Nbits=2, quantizer="learned",
-                  recipe=recipe, teacher="ablation_float_on_cutout", **ABLATION)
+                  start_from="ablation_float_last", Nbits=2, quantizer="learned",
+                  recipe=recipe, teacher="ablation_float_last", **ABLATION)
 
 
 def _earlier_ablation_runs():

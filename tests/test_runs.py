@@ -67,15 +67,17 @@ def test_the_assigned_runs_have_the_assigned_recipe(name):
 
 
 def test_the_float_model_is_made_from_nothing_and_ships_its_last_epoch():
-    """Its first training learns from a model that learned from none, its second from the first."""
+    """Its first training learns from a model that learned from none, each later from the last."""
     chain = {"teacher": (None, None), "pretrain_first": (None, "teacher"),
-             "pretrain": ("pretrain_first", "pretrain_first")}
+             "pretrain_second": ("pretrain_first", "pretrain_first"),
+             "pretrain": ("pretrain_second", "pretrain_second")}
     for name, origin in chain.items():
         run = get(name)
         assert (run.start_from, run.teacher) == origin
         assert (run.Nbits, run.pruning.method, run.keep, run.held_out) == (None, None, "last", 0)
         assert bool(run.recipe.distill) == (run.teacher is not None)
-    assert get("pretrain").seed != get("pretrain_first").seed  # other orders and crops
+    seeds = [get(name).seed for name in ("pretrain_first", "pretrain_second", "pretrain")]
+    assert len(set(seeds)) == 3  # other orders and crops
 
 
 def test_the_smallest_files_prune_further_step_by_step():
@@ -110,9 +112,8 @@ def test_every_reference_has_its_run():
 
 
 def test_an_unknown_run_is_refused_with_the_names_there_are():
-    with pytest.raises(
-        ValueError, match="name must be one of teacher, pretrain_first, pretrain, .*got 'lab2f'"
-    ):
+    names = "teacher, pretrain_first, pretrain_second, pretrain, .*"
+    with pytest.raises(ValueError, match=f"name must be one of {names}got 'lab2f'"):
         get("lab2f")
 
 
@@ -244,12 +245,14 @@ def test_the_base_of_the_2_bit_ablation_is_the_improved_recipe():
         "name", "question", "held_out", "start_from", "teacher"}
 
 
-def test_the_second_training_of_the_ablation_is_the_float_model_s():
-    on, cutout, again = (f"ablation_float_{part}" for part in ("on", "on_cutout", "again"))
+def test_the_later_trainings_of_the_ablation_are_the_float_model_s():
+    parts = ("on", "on_cutout", "again", "last")
+    on, cutout, again, last = (f"ablation_float_{part}" for part in parts)
     named = {"name", "question"}
     assert different(config(cutout), config(on)) == named | {"recipe.cutout", "rescale"}
-    assert different(config(cutout), config("pretrain")) == named | {
-        "held_out", "start_from", "teacher", "recipe.epochs", "seed"}
+    for part, run in ((cutout, "pretrain_second"), (last, "pretrain")):
+        assert different(config(part), config(run)) == named | {
+            "held_out", "start_from", "teacher", "recipe.epochs", "seed"}
     assert different(config(again), config("pretrain_first")) == named | {
         "held_out", "teacher", "recipe.epochs"}
     assert {config(name)["teacher"] for name in (on, cutout, again)} == {"ablation_float_distill"}
