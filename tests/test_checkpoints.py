@@ -13,7 +13,7 @@ import torch
 import train_utils
 from cifar10 import CIFAR10
 from conftest import REPOSITORY, make_net, same, state_of, without_seconds
-from FP_layers import Learned, fit_step
+from FP_layers import FP_Linear, Learned, fit_step
 from pruning import prune_before_epoch
 from resnet20 import ResNetCIFAR
 from train_utils import fit
@@ -154,10 +154,12 @@ def test_a_state_with_another_tag_is_refused(net, data, tmp_path):
 @pytest.mark.parametrize("damage", [
     lambda path, state: path.write_bytes(b"PK\3\4"),
     lambda path, state: torch.save(state | {"net": {}}, path),
-    lambda path, state: torch.save({k: v for k, v in state.items() if k != "optimizer"}, path),
+    *(lambda path, state, name=name: torch.save({k: v for k, v in state.items() if k != name}, path)
+      for name in ("optimizer", "history", "best", "tag")),
     lambda path, state: torch.save(state | {"optimizer": {"state": {}, "param_groups": []}}, path),
     lambda path, state: torch.save([state], path),
-], ids=["no archive", "no weights", "no optimizer", "of another optimizer", "list"])
+], ids=["no archive", "no weights", "no optimizer", "no history", "no best", "no tag",
+        "of another optimizer", "list"])
 def test_a_damaged_state_is_refused(net, data, tmp_path, damage):
     path = tmp_path / "state.pt"
     keep_one_epoch(path, data)
@@ -232,6 +234,11 @@ def set_nan(state):
             "another architecture.*final_fc.linear.bias",
         ),
         (
+            altered(lambda state: state.update(
+                {"module.final_fc.linear.bias": state.pop("final_fc.linear.bias")})),
+            "another architecture.*module.final_fc",
+        ),
+        (
             altered(lambda state: state.update({"final_fc.linear.bias": torch.zeros(11)})),
             r"final_fc.linear.bias has shape \(11,\)",
         ),
@@ -249,6 +256,7 @@ def set_nan(state):
         "list",
         "deeper net",
         "missing key",
+        "one prefix",
         "shape",
         "no tensor",
         "NaN",
@@ -306,6 +314,14 @@ def test_a_float_checkpoint_loads_into_learned_steps_fitted_to_it(net, tmp_path)
         if name.endswith(".step"):
             weight = state[name.replace("quantizer.step", "conv.weight")]
             assert torch.equal(step, fit_step(weight, -4, 3))
+
+
+def test_a_linear_layer_s_learned_steps_are_fitted_too(tmp_path):
+    net = torch.nn.Sequential(FP_Linear(6, 4))
+    save_weights(net, tmp_path / "net.pt")
+    learned = torch.nn.Sequential(FP_Linear(6, 4, Nbits=3, quantizer=Learned))
+    load_weights(learned, tmp_path / "net.pt")
+    assert torch.equal(learned[0].quantizer.step, fit_step(net[0].weight, -4, 3))
 
 
 def test_a_checkpoint_with_learned_steps_comes_back_whole_and_is_refused_by_a_float_net(

@@ -127,6 +127,14 @@ def test_distilling_trains_toward_the_teacher_and_leaves_it_as_it_is(
     assert same(teacher.state_dict(), before)
 
 
+def test_a_teacher_that_cannot_be_folded_is_asked_in_evaluation_mode(net, small_cifar, teacher):
+    odd = copy.deepcopy(teacher).train()
+    odd.register_forward_hook(lambda *_: None)
+    before = state_of(odd)
+    fit(net, Recipe(epochs=1, batch_size=128, distill=0.3), small_cifar, teacher=odd)
+    assert same(odd.state_dict(), before)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_fit_takes_weight_and_temperature_from_the_recipe(
     net, small_cifar, teacher, temperature

@@ -3,12 +3,14 @@ only where it is right.
 """
 
 import copy
+import sys
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from conftest import first_of, make_net, same, state_of
 from train_utils import fit
@@ -58,12 +60,11 @@ def test_only_the_size_of_the_first_batch_is_compiled(net, small_cifar, monkeypa
     """
     sizes, data = [], first_of(small_cifar, 64, 50)
     recipe = Recipe(epochs=2, batch_size=25, lr=0.05, distill=0.5, test_every=2)
-    monkeypatch.setattr(
-        torch, "compile", lambda net, dynamic: lambda x: sizes.append(len(x)) or net(x)
-    )
+    monkeypatch.setattr(torch, "compile", lambda net, dynamic: lambda x: (
+        sizes.append((len(x), dynamic)) or net(x)))
     plain = copy.deepcopy(net)
     fit(net, recipe, data, teacher=make_net(), execution=COMPILED)
-    assert sizes == [25] * 2 * 2 * 2  # of net and teacher, two an epoch
+    assert sizes == [(25, False)] * 2 * 2 * 2  # of net and teacher, two an epoch
     fit(plain, recipe, data, teacher=make_net())
     assert same(net.state_dict(), plain.state_dict())
 
@@ -146,10 +147,18 @@ def test_what_the_machine_cannot_do_is_not_tried(net, timed, machine, tried):
     assert fastest(net, 64) == FLOAT and calls == tried
 
 
-def test_a_cpu_without_a_compiler_does_not_compile(monkeypatch):
+def test_a_cpu_without_a_compiler_does_not_compile(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not has_compiler(torch.device("cpu"))
+    assert not has_compiler(cpu)
     assert has_compiler(torch.device("cuda"))  # whose compiler comes with PyTorch
+    monkeypatch.setenv("CXX", sys.executable)
+    assert has_compiler(cpu)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not has_compiler(cpu)
+    (tmp_path / "g++").touch(mode=0o755)
+    assert has_compiler(cpu)
 
 
 def test_bfloat16_is_for_hardware_that_multiplies_it(monkeypatch):
@@ -157,6 +166,12 @@ def test_bfloat16_is_for_hardware_that_multiplies_it(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
         assert has_bf16(torch.device("cpu")) is (amx or avx512)
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)  # as in another PyTorch
+    assert has_bf16(torch.device("cpu")) is False
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation)
+    assert has_bf16(torch.device("cuda")) is False
 
 
 # ---------------------------------------------------------------- how long a step takes
@@ -181,6 +196,26 @@ def test_a_step_takes_as_long_as_one_of_a_plain_loop(net):
         optimizer.step()
         took.append(time.perf_counter() - started)
     assert 0.1 < seconds_a_step(net, 32) / min(took) < 10
+
+
+def test_what_is_timed_is_training_in_the_way_asked_for(net, monkeypatch):
+    seen, backward = [], torch.Tensor.backward
+    net.eval().register_forward_pre_hook(
+        lambda module, _: seen.append((module.training, torch.is_autocast_enabled("cpu"))))
+    monkeypatch.setattr(torch.Tensor, "backward",
+                        lambda loss: seen.append("backward") or backward(loss))
+    hook = register_optimizer_step_pre_hook(lambda *_: seen.append("step"))
+    seconds_a_step(net, 4, BF16, steps=1)
+    hook.remove()
+    assert seen == [(True, True), "backward", "step"] * 3
+
+
+def test_threads_are_given_back_after_an_error():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt), Execution(threads=before + 1).in_its_threads():
+        assert torch.get_num_threads() == before + 1
+        raise KeyboardInterrupt
+    assert torch.get_num_threads() == before
 
 
 def test_timing_leaves_the_net_as_it_was(net):
@@ -233,20 +268,28 @@ def test_bfloat16_that_is_wrong_is_refused(net, monkeypatch, where):
 
 
 @WHERE
+def test_bfloat16_that_is_not_finite_is_refused(net, monkeypatch, where):
+    disturb(monkeypatch, where, factor=float("nan"))
+    assert not bf16_is_right(net)
+
+
+@WHERE
 def test_bfloat16_may_be_wrong_by_its_own_rounding(net, monkeypatch, where):
     disturb(monkeypatch, where, factor=1.005)
     assert bf16_is_right(net)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"Nbits": 4}], ids=str)
 @pytest.mark.parametrize("concerned", [
     lambda w, stride: w.shape[1] == 3,
     lambda w, stride: w.shape == (64, 64, 3, 3),
     lambda w, stride: w.shape[2:] == (1, 1),
     lambda w, stride: tuple(stride) == (2, 2) and w.shape[2:] == (3, 3),
-], ids=["first", "last", "1x1", "stride 2"])
-def test_every_kind_of_convolution_in_the_net_is_looked_at(net, monkeypatch, concerned):
+    lambda w, stride: w.shape[2:] == (3, 3) and w.is_contiguous(memory_format=torch.channels_last),
+], ids=["first", "last", "1x1", "stride 2", "channels last"])
+def test_every_kind_of_convolution_in_the_net_is_looked_at(monkeypatch, concerned, arguments):
     disturb(monkeypatch, "output", concerned=concerned)
-    assert not bf16_is_right(net)
+    assert not bf16_is_right(make_net(**arguments))
 
 
 @pytest.mark.parametrize("layer, concerned, right", [

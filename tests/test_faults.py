@@ -131,6 +131,26 @@ def test_a_whole_epoch_is_kept_when_its_state_cannot_be_written(
 # ---------------------------------------------------------------- a GPU without memory
 
 
+def test_the_bar_counts_steps_and_goes_on_where_it_was(monkeypatch, small_cifar, tmp_path):
+    moves, shown = [], []
+
+    class Bar(journal.tqdm):
+        def update(self, n=1):
+            moves.append((self.n, n, self.total))
+            super().update(n)
+
+        def set_postfix(self, **values):
+            shown.append(values["accuracy"])
+
+    monkeypatch.setattr(journal, "tqdm", Bar)
+    for epochs in (1, 2):  # of four steps
+        recipe = dataclasses.replace(RECIPE, epochs=epochs)
+        history, _ = fit(make_net(), recipe, small_cifar,
+                         journal=Journal(state_path=tmp_path / "state.pt", log_every_n=3))
+    assert moves == [(0, 3, 4), (3, 1, 4), (4, 3, 8), (7, 1, 8)]
+    assert shown == [f"{100 * entry['test_accuracy']:.2f}%" for entry in history]
+
+
 def out_of_memory_in_step(net, step):
     """Have `net` run out of memory in its training step number `step`, as CUDA reports it."""
     steps = []

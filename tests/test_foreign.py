@@ -28,11 +28,12 @@ def prefixed(prefix):
 @pytest.mark.parametrize("change", [
     prefixed("module."), prefixed("_orig_mod."), prefixed("module._orig_mod."),
     lambda state: {"state_dict": state, "epoch": 3},
+    lambda state: {"model_state_dict": state, "epoch": 3},
     lambda state: {"model": prefixed("module.")(state), "optimizer": {"lr": 0.1}},
     lambda state: {"net": state, "acc": 91.5},
     lambda state: {k: v for k, v in state.items() if "num_batches_tracked" not in k},
     lambda state: {name: tensor.double() for name, tensor in state.items()},
-], ids=["module", "compiled", "both", "state_dict", "model", "net", "old BatchNorm", "float64"])
+], ids=["module", "compiled", "both", "state_dict", "model_state_dict", "model", "net", "old BatchNorm", "float64"])
 def test_the_same_architecture_loads_however_it_was_saved(net, tmp_path, change):
     torch.save(change(net.state_dict()), tmp_path / "net.pt")
     other = load_weights(ResNetCIFAR(num_layers=8), tmp_path / "net.pt")
@@ -45,7 +46,7 @@ def test_the_same_architecture_loads_however_it_was_saved(net, tmp_path, change)
     (torch.nn.Linear(2, 2), "it holds a torch.nn.modules.linear.Linear, not tensors alone"),
     ([1, 2], "it holds a list, not a state dict"), (torch.ones(3), "it holds a Tensor"),
     ({"state_dict": {"a": torch.ones(1)}}, "another architecture"),
-    ({}, "another architecture"),
+    ({}, "another architecture"), ({0: torch.ones(1)}, "another architecture"),
 ])
 def test_what_is_no_state_dict_is_named_for_what_it_is(net, tmp_path, object_, complaint):
     torch.save(object_, tmp_path / "net.pt")
@@ -97,6 +98,20 @@ def test_batches_are_found_in_the_folder_one_level_down_and_as_the_folder(batche
 def test_a_folder_without_batches_is_none(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     assert cifar10._find_batches(tmp_path) is None
+
+
+def test_the_data_are_read_once_for_each_folder(monkeypatch, tmp_path):
+    loads = []
+    monkeypatch.setattr(cifar10, "load", lambda *where: loads.append(where) or object())
+
+    def get(folder):
+        monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path / folder))
+        return train_utils.get_data(torch.device("cpu"))
+
+    a, b = get("a"), get("b")
+    assert get("a") is a is not b and get("b") is b
+    assert loads == [(str(tmp_path / name), "cpu") for name in "ab"]
+    train_utils._cached_data.cache_clear()
 
 
 def test_the_data_folder_does_not_depend_on_where_one_starts(monkeypatch, tmp_path):

@@ -152,6 +152,14 @@ def test_a_convolution_s_own_bias_is_folded_too(x):
 
 
 @torch.no_grad()
+def test_layers_that_no_batchnorm_follows_keep_their_bits_and_bias(x):
+    torch.manual_seed(0)
+    net = nn.Sequential(FP_Conv(3, 8, 3, 4, 1, bias=True, Nbits=2), nn.Flatten(),
+                        FP_Linear(512, 10, Nbits=2)).eval()
+    torch.testing.assert_close(for_evaluation(net)(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_a_missing_child_stays_missing():
     block = ResNet_Block(3, 4, 1).eval()
     block.register_module("spare", None)
@@ -445,6 +453,13 @@ def test_other_bits_have_another_fingerprint(arguments):
         == fingerprint(lively(**arguments))
         != fingerprint(lively(Nbits=5))
     )
+
+
+def test_a_statistic_of_a_batchnorm_that_is_not_folded_changes_the_fingerprint():
+    net = plain_net()
+    before = fingerprint(net)
+    net[1].running_mean[0] += 1
+    assert fingerprint(net) not in (None, before)
 
 
 def test_other_data_are_evaluated(evaluations, monkeypatch, small_cifar):

@@ -3,6 +3,7 @@ outputs.
 """
 
 import itertools
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,16 +239,22 @@ def test_stored_notebook_was_run_from_top_to_bottom():
 
 
 def test_stored_answers_are_those_of_a_run_and_hold_the_right_numbers(lab):
-    stored = [cell.outputs[0].data["text/markdown"] for cell in read().cells
-              if cell.cell_type == "code" and cell.source == "answer = open_answer()"]
-    assert stored == lab.answers and len(stored) == 5
-    smallest = np.abs(np.linalg.pinv(lab.X) @ lab.y).min()
-    assert f"magnitude {smallest:.5f}" in stored[0]
-    assert "[0, -3, 0, 0, 1]" in stored[1] and f"loss {2 / 7:.4f}" in stored[1]
+    """An answer stands in its place, before what it is found with; what belongs to it, after."""
+    code = [cell for cell in read().cells if cell.cell_type == "code"]
+    stored = [cell.outputs[0].data["text/markdown"] for cell in code
+              if cell.source == "answer = open_answer()"]
+    assert stored == lab.answers and len(stored) == 6
+    assert all(1 <= len(re.findall(r"[.!](?= |$)", text.replace("**", ""))) <= 2 for text in stored)
+    more = [cell.outputs[0].data["text/markdown"] for cell in code if "fill(answer" in cell.source
+            and "def fill" not in cell.source]
+    a, b, c, d, e, f = (f"{one} {rest}" for one, rest in zip(stored, more, strict=True))
+    assert f"= {2 / np.linalg.norm(2 * lab.X.T @ lab.X, 2):.4f}$" in a
+    assert f"magnitude {np.abs(np.linalg.pinv(lab.X) @ lab.y).min():.5f}" in b
+    assert "[0, -3, 0, 0, 1]" in c and f"loss {2 / 7:.4f}" in c
     for run in lab.subgradient.values():
-        assert f"{np.sum((lab.X @ run[-1] - lab.y) ** 2):.4f}" in stored[2]
-    assert "[0, -2.8, 0, 0, 0.8333]" in stored[3] and f"{11 / 120 * 2**2:.4f}" in stored[3]
-    assert "76, 39, 16 and 8" in stored[4] and "84, 43, 16 and 6" in stored[4]
+        assert f"{np.sum((lab.X @ run[-1] - lab.y) ** 2):.4f}" in d
+    assert "[0, -2.8, 0, 0, 0.8333]" in e and f"{11 / 120 * 2**2:.4f}" in e
+    assert "76, 39, 16 and 8" in f and "84, 43, 16 and 6" in f
 
 
 def test_questions_and_points_are_the_assignments():

@@ -5,6 +5,7 @@ training goes wrong.
 import copy
 import functools
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -235,7 +236,67 @@ def test_nothing_is_saved_where_no_checkpoint_is_wanted(tmp_path, net, entry_poi
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("losses_of", [
+    lambda net, **seed: train(net, 1, 32, 0.05, 1e-4, checkpoint=None, **seed),
+    lambda net, **seed: finetune(net, 1, 32, 0.05, 1e-4, checkpoint=None, **seed),
+    lambda net, **seed: fit(net, Recipe(epochs=1, batch_size=32, lr=0.05), **seed)[0],
+], ids=["train", "finetune", "fit"])
+def test_the_seed_is_0_unless_it_is_said_and_another_trains_otherwise(net, losses_of):
+    first, again, other = (losses_of(copy.deepcopy(net), **seed)[0]["train_loss"]
+                           for seed in ({}, {"seed": 0}, {"seed": 1}))
+    assert first == again != other
+
+
+# ---------------------------------------------------------------- what fit asks of an epoch
+
+
+@pytest.fixture
+def epochs_seen(monkeypatch):
+    """Batches, and the rates in front of each, of epochs in which nothing is trained."""
+    batches, rates = [], []
+
+    def watched(net, of_epoch, optimizer, *_):
+        for batch in of_epoch:
+            batches.append(batch)
+            rates.append([group["lr"] for group in optimizer.param_groups])
+        return 1.0, 0.1
+
+    monkeypatch.setattr(train_utils, "train_epoch", watched)
+    return batches, rates
+
+
+def test_each_step_has_its_rate_in_each_group(epochs_seen, net, small_cifar):
+    recipe = Recipe(epochs=2, batch_size=25, optimizer="muon", lr=0.1, muon_lr=0.02,
+                    schedule="cosine", warmup=0.4)  # 64 images: three steps an epoch
+    fit(net, recipe, small_cifar)
+    rates = [recipe.rate(i / 6) for i in range(6)]
+    assert epochs_seen[1] == [pytest.approx([0.1 * rate, 0.02 * rate]) for rate in rates]
+
+
+def test_each_epoch_has_the_batches_of_its_seed_and_number(epochs_seen, net, small_cifar):
+    fit(net, Recipe(epochs=2, batch_size=40, cutout=8), small_cifar, seed=3)
+    expected = [batch for epoch in (1, 2)
+                for batch in Batches(*small_cifar[:2], 40, 3, epoch, augment=True, cutout=8)]
+    assert len(epochs_seen[0]) == len(expected) == 4
+    assert all(torch.equal(a, b) for pair in zip(epochs_seen[0], expected) for a, b in zip(*pair))
+
+
 # ---------------------------------------------------------------- what fit returns
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.5])
+def test_of_equally_good_epochs_the_first_is_the_best(monkeypatch, net, accuracy):
+    states = []
+    monkeypatch.setattr(train_utils, "evaluate",
+                        lambda net, data: states.append(state_of(net)) or (1.0, accuracy))
+    _, best = fit(net, Recipe(epochs=2, batch_size=64))
+    assert same(best, states[0]) and not same(*states)
+
+
+def test_seconds_are_those_of_each_epoch(monkeypatch, net, small_cifar):
+    monkeypatch.setattr(time, "perf_counter", iter([3.0, 5.0, 9.0]).__next__)
+    history, _ = fit(net, Recipe(epochs=2, batch_size=64), small_cifar)
+    assert [entry["seconds"] for entry in history] == [2, 4]
 
 
 def test_epochs_are_tested_as_often_as_the_recipe_says(net, small_cifar):
@@ -243,7 +304,8 @@ def test_epochs_are_tested_as_often_as_the_recipe_says(net, small_cifar):
     assert ["test_accuracy" in entry for entry in history] == [False, True, True]
     assert history[-1]["test_accuracy"] == evaluate(net, small_cifar)[1]
     assert [entry["epoch"] for entry in history] == [1, 2, 3]
-    assert all(entry["seconds"] > 0 for entry in history) and best.keys() == net.state_dict().keys()
+    assert best.keys() == net.state_dict().keys()
+    assert net.head_conv[0].conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("epochs, best_epoch", [(0, 1), (2, 2), (3, 4)])
@@ -280,8 +342,15 @@ def test_finetune_holds_zeros_unless_told_otherwise(n_bits):
     assert sparsity(grown) < 0.05
 
 
-@pytest.mark.parametrize("prune", [True, False])
-def test_finetune_after_prune_takes_a_torchvision_loader(net, small_cifar, prune):
+def test_train_lets_pruned_weights_grow(net):
+    global_prune_by_percentage(net, 70.0)
+    train(net, 1, 16, 0.01, 1e-4, checkpoint=None)
+    assert sparsity(net) < 0.05
+
+
+@pytest.mark.parametrize("options, held", [({}, True), ({"prune": True}, True),
+                                           ({"prune": False}, False)], ids=str)
+def test_finetune_after_prune_takes_a_torchvision_loader(net, small_cifar, options, held):
     to_tensor = transforms.Compose(
         [transforms.ToPILImage(), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     )
@@ -290,9 +359,9 @@ def test_finetune_after_prune_takes_a_torchvision_loader(net, small_cifar, prune
     global_prune_by_percentage(net, 70.0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.875, weight_decay=1e-4)
     finetune_after_prune(
-        net, DataLoader(dataset, 16, shuffle=True), nn.CrossEntropyLoss(), optimizer, prune=prune
+        net, DataLoader(dataset, 16, shuffle=True), nn.CrossEntropyLoss(), optimizer, **options
     )
-    assert sparsity(net) == pytest.approx(0.7, abs=1e-3) if prune else sparsity(net) < 0.05
+    assert sparsity(net) == pytest.approx(0.7, abs=1e-3) if held else sparsity(net) < 0.05
 
 
 def test_finetune_after_prune_returns_the_mean_loss_and_accuracy_of_its_batches(net, small_cifar):
@@ -344,6 +413,12 @@ def test_divergence_is_an_error_where_quantizers_do_not_check(monkeypatch):
     with pytest.raises(FloatingPointError, match=r"epoch 1.*lr=1e\+38"):
         fit(net, Recipe(epochs=1, batch_size=16, lr=1e38, weight_decay=1e38))
     assert same(net.state_dict(), before)
+
+
+def test_a_loss_that_is_not_finite_is_divergence_though_the_weights_are(monkeypatch, net):
+    monkeypatch.setattr(train_utils, "train_epoch", lambda *_: (math.nan, 0.1))
+    with pytest.raises(FloatingPointError, match="epoch 1.*lr="):
+        fit(net, Recipe(epochs=1, batch_size=64))
 
 
 def test_divergence_in_a_later_epoch_keeps_the_epoch_before(monkeypatch, net):

@@ -39,7 +39,7 @@ class Muon(torch.optim.SGD):
         super().__init__([dict(params=others), orthogonal], **sgd)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         group = self.param_groups[1]
         for p in (p for p in group["params"] if p.grad is not None):
             momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
@@ -48,7 +48,7 @@ class Muon(torch.optim.SGD):
             step = orthogonal(ahead) * max(1, ahead.shape[0] / ahead.shape[1]) ** 0.5
             p.sub_(step.view(p.shape), alpha=group["lr"])
             p.grad = None  # so that SGD passes it over
-        return super().step(closure)
+        super().step()
 
 
 def orthogonal(matrix, steps=4):
