@@ -249,9 +249,12 @@ class _FixedPoint(nn.Module):
         self.quantizer = quantizer
 
     def forward(self, x):
+        layer = next(self.children())
         if self.quantizer is None:
-            return next(self.children())(x)  # with whatever hooks the child has
-        return self._compute(x, self.quantizer(self.weight))
+            return layer(x)  # with whatever hooks it has
+        for hook in layer._forward_pre_hooks.values():  # torch.nn.utils.prune makes weights in one
+            hook(layer, (x,))
+        return self._compute(x, self.quantizer(layer.weight))
 
     def quantized_weight(self):
         """Return the weight that forward computes with, of the float weight's shape."""

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import numbers
 import os
 import pickle
 import shutil
@@ -65,7 +66,8 @@ def _digest(arrays):
 
 
 def _verified(arrays, source):
-    if [a.shape for a in arrays] != SHAPES or _digest(arrays) != SHA256:
+    if ([a.shape for a in arrays] != SHAPES or any(a.dtype != np.uint8 for a in arrays)
+            or _digest(arrays) != SHA256):
         raise CIFAR10Error(
             f"{source} does not hold the original CIFAR-10: its SHA-256 is another"
         )
@@ -237,6 +239,9 @@ def _read_or_fetch(root, cache, problems):
         arrays = _try(problems, _read_batches, batches)
         if arrays is not None:
             return arrays  # a read-only folder still serves, without a cache
+    if problems and not os.access(root, os.W_OK):
+        raise CIFAR10Error(f"{root} cannot be written, and what is in it cannot be used:\n  "
+                           + "\n  ".join(problems))
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".cifar10.lock"):
         if cache.exists():  # another process may have finished while we waited
@@ -280,7 +285,7 @@ def hold_out(data, n, seed=0):
     the number of training images less one.
     """
     total = len(data.train_images)
-    if isinstance(n, bool) or not isinstance(n, int) or not 0 < n < total:
+    if isinstance(n, bool) or not isinstance(n, numbers.Integral) or not 0 < n < total:
         raise ValueError(f"n must be an integer from 1 to {total - 1}, got {n!r}")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).to(
         data.train_images.device

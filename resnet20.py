@@ -1,5 +1,7 @@
 """ResNet-20 for CIFAR-10 with quantizable residual stages."""
 
+from numbers import Integral
+
 import torch.nn as nn
 
 from FP_layers import FP_Conv, FP_Linear, MinMax, check_n_bits
@@ -61,7 +63,7 @@ class ResNetCIFAR(nn.Module):
 
     def __init__(self, num_layers=20, Nbits=None, symmetric=False, quantizer=MinMax):
         super().__init__()
-        if not isinstance(num_layers, int) or num_layers not in range(8, 10_000, 6):
+        if not isinstance(num_layers, Integral) or num_layers not in range(8, 10_000, 6):
             raise ValueError(
                 f"num_layers must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {num_layers!r}"
             )

@@ -62,10 +62,13 @@ def fit(net, recipe, data=None, *, pruning=Pruning(), teacher=None, seed=0,
     recipe, pruning: see training.recipe; data: a cifar10.CIFAR10 on the net's device, fetched if
     None; teacher: a net on the same device, if the recipe distills; seed: of order and
     augmentation; execution: see training.execution; journal: a training.journal.Journal, for a name
-    and a state to go on from. It says what history holds and what is raised. The best state is that
-    of the best epoch tested, from the last pruning on: before it, a net is not sparse enough to
-    count.
+    and a state to go on from. It says what history holds and what is raised; ValueError, too, if
+    the pruning takes more epochs than there are. The best state is that of the best epoch tested,
+    from the last pruning on: before it, a net is not sparse enough to count.
     """
+    if pruning.epochs > recipe.epochs:
+        raise ValueError(f"pruning.epochs must be at most recipe.epochs, {recipe.epochs}, "
+                         f"got {pruning.epochs}")
     data = get_data(next(net.parameters()).device) if data is None else data
     journal = Journal() if journal is None else journal
     net.to(memory_format=torch.channels_last)

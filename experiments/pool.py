@@ -21,11 +21,12 @@ def run(names, folder, jobs=None, as_recorded=False):
     those that depend on it are left out and the others go on. Ctrl-C stops all; the same call goes
     on.
     """
+    names = list(dict.fromkeys(names))
     jobs = min(jobs or os.cpu_count(), len(names))
     if "TQDM_POSITION" not in os.environ:  # what a child trains, its parent has announced
         announce(names)
     start = _train_here if jobs == 1 else _Child
-    waiting, running, failed = list(dict.fromkeys(names)), {}, set()
+    waiting, running, failed = list(names), {}, set()
     try:
         while waiting or running:
             for name in [name for name in waiting if _parents(name) & failed]:

@@ -12,7 +12,7 @@ from experiments.records import (
     RETRAINED, SHIPPED, RecordError, config_of, not_trained, read_record, record_path, retraining,
     sha256, weights_path, write_record,
 )
-from experiments.runs import RUNS, get
+from experiments.runs import get
 from FP_layers import Learned, MinMax
 from pruning import layer_sparsity, sparsity
 from resnet20 import ResNetCIFAR
@@ -174,14 +174,21 @@ def load_checkpoint(checkpoint, Nbits=None, symmetric=False, quantizer=None):
     if Nbits is None and (symmetric or quantizer is not None):
         raise ValueError("Nbits must be given where symmetric or quantizer is, got None")
     name, path = str(checkpoint), Path(checkpoint)
-    if path.suffix != ".pt":
+    if path.suffix != ".pt" and not path.is_file():
         path = weights_path(name)
     else:
         name = "pretrain" if path.name == weights_path("pretrain").name else path.stem
-    if name.partition("@")[0] in RUNS and Nbits is None:
+    if Nbits is None and _is_run(name):
         return load_weights(build(name, "cpu"), path)
     kind = QUANTIZERS["minmax" if quantizer is None else quantizer]
     return load_weights(ResNetCIFAR(20, Nbits, symmetric, kind), path)
+
+
+def _is_run(name):
+    try:
+        return bool(get(name))
+    except ValueError:
+        return False
 
 
 # ---------------------------------------------------------------- how long it takes

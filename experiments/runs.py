@@ -160,12 +160,14 @@ REFERENCE = {"pretrain": 0.9151,
 
 
 def get(name):
-    """Return the Run called `name`; "NAME@K" is the run NAME with seed K.
+    """Return the Run called `name`; "NAME@K" is the run NAME with another seed, its own plus K.
 
     Raises ValueError that lists the names if there is none.
     """
     base, at, seed = name.partition("@")
-    if base not in RUNS or (at and not (seed.isdecimal() and int(seed) > 0)):
+    counts = seed.isdecimal() and seed == str(int(seed)) and seed != "0"  # one name for each K
+    if base not in RUNS or (at and not counts):
         raise ValueError(f"name must be one of {', '.join(RUNS)} (or NAME@SEED, seed >= 1), "
                          f"got {name!r}")
-    return replace(RUNS[base], name=name, seed=int(seed)) if at else RUNS[base]
+    run = RUNS[base]
+    return replace(run, name=name, seed=run.seed + int(seed)) if at else run

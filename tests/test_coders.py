@@ -1,6 +1,7 @@
 """Coders against Shannon's bound, closed forms, and bytes that nobody encoded."""
 
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -68,6 +69,24 @@ def test_decoding_gives_the_symbols_back(case):
         decoded = decode(coder, encode(coder, arrays, alphabets), alphabets)
         assert len(decoded) == len(arrays)
         assert all(np.array_equal(a, b) and a.shape == b.shape for a, b in zip(arrays, decoded))
+
+
+def by_rule(shape, n_levels, zero, zeros):
+    """Symbols by a rule that no library changes, about `zeros` of 11 zero; and their alphabet."""
+    i = np.arange(math.prod(shape))
+    array = np.where(i * 7919 % 11 < zeros, zero, (i * i // 5 + 3 * i) % n_levels)
+    return array.reshape(shape), Alphabet(shape, n_levels, zero)
+
+
+def test_bytes_of_many_levels_do_not_change():
+    """What was written once must be read by every later version."""
+    cases = [((4, 4, 3, 3), 16, 7, 5), ((4, 4, 3, 3), 16, 7, 2), ((3, 5, 1, 1), 17, 0, 4),
+             ((6, 50), 257, 256, 3), ((8, 9, 3, 3), 5, 2, 11)]
+    arrays, alphabets = map(list, zip(*(by_rule(*case) for case in cases)))
+    arrays.append(np.full((8, 9, 3, 3), 3))  # and no zero at all
+    alphabets.append(Alphabet((8, 9, 3, 3), 5, 2))
+    data = encode("context", arrays, alphabets)
+    assert (len(data), zlib.crc32(data)) == (446, 0x8c767026)
 
 
 @pytest.mark.parametrize("coder", CODERS)

@@ -141,7 +141,8 @@ def test_a_packed_checkpoint_of_other_hands_decodes_to_the_same_logits(net, tmp_
         torch.testing.assert_close(again(x), quantized(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_net_pruned_by_torch_trains_on_and_stays_as_sparse(small_cifar):
+@pytest.mark.parametrize("fixed_point", [{}, {"Nbits": 4}], ids=["float", "4 bits"])
+def test_a_net_pruned_by_torch_trains_on_and_stays_as_sparse(small_cifar, fixed_point):
     """torch.nn.utils.prune computes the weight in a hook of the convolution, before each pass."""
     from torch.nn.utils import prune
 
@@ -149,7 +150,7 @@ def test_a_net_pruned_by_torch_trains_on_and_stays_as_sparse(small_cifar):
     from training.recipe import Pruning, Recipe
 
     torch.manual_seed(0)
-    net = ResNetCIFAR(num_layers=8)
+    net = ResNetCIFAR(num_layers=8, **fixed_point)
     layers = [layer for _, layer in prunable_layers(net)]
     prune.global_unstructured([(layer, "weight") for layer in layers], prune.L1Unstructured,
                               amount=0.7)

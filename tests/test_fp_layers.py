@@ -232,6 +232,7 @@ def test_symmetric_must_be_a_bool():
 
 def test_any_integer_type_counts_bits():
     assert check_n_bits(np.int64(4)) == 4 and type(check_n_bits(np.int64(4))) is int
+    assert MinMax(4, np.True_).symmetric is Learned(4, np.True_).symmetric is True
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -25,7 +25,7 @@ from model_file.__main__ import main
 from model_file.coders import ByteReader
 from model_file.container import Part, Record
 from model_file.network import (
-    CompressionError, compress, decompress, describe, stored_shapes,
+    CompressionError, _codes, _part, compress, decompress, describe, stored_shapes,
 )
 from resnet20 import ResNetCIFAR
 from training.batches import normalize
@@ -124,10 +124,42 @@ def test_logits_are_the_same_bits_with_every_other_coder(coder, four_bits, terna
 @pytest.mark.parametrize("num_layers, quantizer", [
     (8, {}), (14, {"Nbits": 1}), (8, {"Nbits": 0}), (8, {"Nbits": 8}), (8, {"Nbits": 16}),
     (8, {"Nbits": 8, "quantizer": Learned}), (8, {"Nbits": 5, "symmetric": True}),
+    (8, {"Nbits": 10, "quantizer": Learned}),
 ])
 def test_other_depths_and_widths(num_layers, quantizer, images):
     net = lively_net(num_layers, **quantizer)
     assert torch.equal(decompress(compress(net))(images[:10]), net(images[:10]))
+    decompress(compress(net, "packed", 16))  # steps that do not fold
+
+
+@pytest.mark.parametrize("low, fits", [(-256, True), (-257, False)])
+def test_codes_are_taken_as_symbols_up_to_the_largest_alphabet(low, fits):
+    value = np.array([[low, 0]], np.float32)
+    assert (_codes(value, np.ones(1, np.float32)) is not None) == fits
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_learned_layer_of_one_sign(sign, images):
+    net = lively_net(Nbits=3, quantizer=Learned)
+    layer = net.body_op[0].conv2[0]
+    layer.conv.weight.fill_(0.1 * sign)
+    layer.fit_quantizer()
+    assert torch.equal(decompress(compress(net))(images[:10]), net(images[:10]))
+
+
+@pytest.mark.parametrize("n_levels, zeros, bits, kind", [
+    (8, 8, 32, "levels"), (9, 2, 32, "float"), (9, 3, 32, "masked"), (9, 8, 8, "float"),
+    (9, 9, 8, "masked"),
+])
+def test_what_a_tensor_is_told_as(n_levels, zeros, bits, kind):
+    value = np.zeros(64, np.float32)
+    value[zeros:] = np.resize(np.arange(1, n_levels), 64 - zeros)
+    assert _part("a.weight", value.reshape(8, 8), None, "packed", bits).record.kind == kind
+
+
+def test_the_zero_of_levels_is_the_one_nearest_to_it():
+    value = np.resize(np.float32([-2, -0.5, 1]), (8, 8))
+    assert _part("a.weight", value, None, "packed", 32).record.zero == 1
 
 
 def test_odd_tensors(images):
@@ -139,6 +171,7 @@ def test_odd_tensors(images):
     net.body_op[1].conv1[1].weight.neg_()
     net.head_conv[0].conv.weight.zero_()
     net.final_fc.linear.weight.fill_(-0.0)
+    net.head_conv[1].eps = 0.1
     for coder in container.CODERS:
         assert torch.equal(decompress(compress(net, coder))(images[:10]), net(images[:10]))
     learned = lively_net(Nbits=3, quantizer=Learned)
@@ -160,9 +193,9 @@ def test_the_net_is_left_alone(ternary):
     net = copy.deepcopy(ternary).train()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     compress(net, float_bits=8)
-    assert net.training and all(
-        torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items()
-    )
+    assert all(module.training for module in net.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert compress(net.double()) == compress(ternary)
 
 
 # ---------------------------------------------------------------- fewer bits for floats
@@ -599,6 +632,12 @@ def test_damage_says_checksum(small):
         decompress(bytes(data))
 
 
+def test_floats_too_many_are_refused(small):
+    fields, table, floats, symbols = split(small["packed", 32])
+    with pytest.raises(CompressionError, match="the floats must end after byte"):
+        decompress(joined(fields[:3], table, floats + bytes(4), symbols))
+
+
 @pytest.mark.parametrize("key", FILES, ids=str)
 def test_altered_files_with_a_valid_checksum(key, small):
     """Bits flipped, bytes cut out, put in, copied elsewhere, in every section; then the checksum
@@ -752,12 +791,19 @@ def run(capsys, *arguments):
 def test_pack_info_unpack(tmp_path, capsys, images, four_bits):
     file, checkpoint = tmp_path / "net.rnpq", tmp_path / "net.pt"
     status, out, _ = run(capsys, "pack", "lab3c_4bit", file)
-    assert status == 0 and f"{file.stat().st_size:,} bytes" in out
-    assert file.read_bytes() == compress(four_bits)
+    size = file.stat().st_size
+    assert f"{size:,} bytes, {4 * 272_474 / size:.2f} times smaller than 1,089,896 bytes" in out
+    assert status == 0 and file.read_bytes() == compress(four_bits)
 
     status, out, _ = run(capsys, "info", file)
     assert status == 0 and f"= {file.stat().st_size:,} bytes" in out
     assert all(name in out for name in stored_shapes(four_bits))
+    told, = (line.split() for line in out.splitlines() if line.startswith(CONV))
+    (record, zeros, floats, symbols), = (
+        row for row in describe(file.read_bytes())[1] if row[0].name == CONV)
+    shape = "x".join(map(str, record.shape))
+    assert told == [CONV, shape, "levels", str(record.n_levels), f"{100 * zeros:.2f}", str(floats),
+                    str(symbols), f"{8 * (floats + symbols) / math.prod(record.shape):.3f}"]
 
     assert run(capsys, "unpack", file, checkpoint)[0] == 0
     net = load_weights(ResNetCIFAR(), checkpoint).eval()
@@ -880,6 +926,14 @@ def test_a_runs_file_elsewhere_and_one_of_another_seed_are_the_runs(name, bits, 
         assert torch.equal(loaded.head_conv[0].weight, net.head_conv[0].weight)
 
 
+@pytest.mark.parametrize("file", ["mine.pth", "mine", "lab3c_4bit@old.pt"])
+def test_a_file_that_is_no_runs_is_taken_as_it_is_whatever_its_name(file, tmp_path):
+    net, path = small_checkpoint(tmp_path, file)
+    loaded = load_checkpoint(path)
+    assert loaded.Nbits is None
+    assert torch.equal(loaded.head_conv[0].weight, net.head_conv[0].weight)
+
+
 def test_bits_that_are_given_go_before_those_of_the_run(tmp_path):
     _, checkpoint = small_checkpoint(tmp_path, "lab3c_4bit.pt")
     assert load_checkpoint(checkpoint, 3).Nbits == 3
@@ -893,8 +947,8 @@ def test_bits_that_are_given_go_before_those_of_the_run(tmp_path):
 @pytest.mark.parametrize(
     "checkpoint, message",
     [
-        ("lab3c_5bits", "must be one of pretrain, lab2c_oneshot"),
-        ("lab3c_4bit@0", "must be one of pretrain, lab2c_oneshot"),
+        ("lab3c_5bits", "must be one of teacher, pretrain_first"),
+        ("lab3c_4bit@0", "must be one of teacher, pretrain_first"),
         ("nothing/lab9.pt", "no checkpoint at nothing/lab9.pt"),
         ("nothing/lab3c_4bit.pt", "no checkpoint at"),
     ],

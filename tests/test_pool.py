@@ -191,6 +191,22 @@ def test_a_run_that_is_alone_is_trained_here(tiny_runs, capsys, tmp_path):
     assert "pretrain: best" in capsys.readouterr().out
 
 
+def test_a_run_that_is_named_twice_is_alone(pretrained, monkeypatch):
+    monkeypatch.setattr(pool, "_Child", None)
+    assert pool.run(["pretrain", "pretrain"], records.SHIPPED, jobs=8) == 0
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_with_one_job_an_error_of_any_kind_stops_no_other(tiny_runs, monkeypatch, capsys, error):
+    def train_run(name, *_):
+        raise error(name)
+
+    monkeypatch.setattr(pool, "train_run", train_run)
+    redefine("iterative", start_from=None)
+    assert pool.run(["pretrain", "iterative"], records.SHIPPED, jobs=1) == 1
+    assert capsys.readouterr().err.count("error: ") == 2
+
+
 def test_with_one_job_a_failure_leaves_the_others_to_be_trained(
     pretrained, monkeypatch, tmp_path, capsys
 ):

@@ -27,8 +27,8 @@ def test_an_untrained_run_says_what_to_type():
     ("lab3c_2bit", "checkpoints/lab3c_2bit.pt", "checkpoints/lab3c_2bit.json"),
     ("ablation_float_sgd", "checkpoints/ablation/ablation_float_sgd.pt",
      "checkpoints/ablation/ablation_float_sgd.json"),
-    ("ablation_2bit_warm@3", "checkpoints/ablation/ablation_2bit_warm@3.pt",
-     "checkpoints/ablation/ablation_2bit_warm@3.json"),
+    ("ablation_2bit_sgd@3", "checkpoints/ablation/ablation_2bit_sgd@3.pt",
+     "checkpoints/ablation/ablation_2bit_sgd@3.json"),
 ])
 def test_shipped_files_lie_where_a_reader_looks_for_them(name, weights, record):
     assert records.weights_path(name) == records.ROOT / weights
@@ -89,9 +89,10 @@ def test_what_does_not_fit_in_a_folder_is_trained_again_in_it(tiny_runs, tmp_pat
     (lambda: alter_record('{"config"'), "pretrain.json is damaged"),
     (lambda: alter_record("{}"), "pretrain.json is damaged"),
     (lambda: alter_record('{"config": []}'), "pretrain.json is damaged"),
+    (lambda: alter_record("[]"), "pretrain.json is damaged"),
     (without_hash, "pretrain.json is damaged"),
 ], ids=["recipe", "run", "weights altered", "weights missing", "record cut off", "record empty",
-        "config a list", "no SHA-256"])
+        "config a list", "record a list", "no SHA-256"])
 @pytest.mark.parametrize("use", ["read_record", "load_or_train", "train a child"])
 def test_a_record_that_does_not_fit_is_never_used(pretrained, use, damage, complaint):
     damage()
@@ -100,6 +101,15 @@ def test_a_record_that_does_not_fit_is_never_used(pretrained, use, damage, compl
             run.train_run("iterative")
         else:
             (records.read_record if use == "read_record" else run.load_or_train)("pretrain")
+
+
+def test_a_setting_that_is_gone_is_another_config(pretrained):
+    path = records.record_path("pretrain")
+    record = json.loads(path.read_text())
+    record["config"]["recipe"]["flip"] = "alternating"
+    path.write_text(json.dumps(record))
+    with pytest.raises(records.RecordError, match=r"'recipe.flip': \('alternating', None\)"):
+        records.read_record("pretrain")
 
 
 def test_all_settings_that_differ_are_named_with_their_place(pretrained):

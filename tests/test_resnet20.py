@@ -1,6 +1,7 @@
 """The architecture against published counts and a ResNet-20 written with torch.nn.functional alone.
 """
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -158,6 +159,11 @@ def test_a_block_projects_its_shortcut_where_shapes_differ(in_chs, out_chs, stri
     block = ResNet_Block(in_chs, out_chs, strides)
     assert block(torch.randn(2, in_chs, 8, 8)).shape == shape
     assert bool(list(block.id_mapping.parameters())) == (strides != 1 or in_chs != out_chs)
+    assert all(layer.Nbits is None for layer in block.modules() if isinstance(layer, FP_Conv))
+
+
+def test_any_integer_type_counts_layers():
+    assert len(ResNetCIFAR(num_layers=np.int64(14)).body_op) == 6
 
 
 @pytest.mark.parametrize("num_layers", [0, 2, 18, 19, 21, -4, None, "20", 20.0])

@@ -1,5 +1,6 @@
 """What becomes of a run: trained, resumed to the same bits, loaded, retrained."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -130,9 +131,32 @@ def test_the_epoch_to_keep_is_kept(tiny_runs, monkeypatch, keep):
 def test_seeds_differ_start_alike_and_their_record_needs_no_weights(pretrained):
     first, other = records.read_record("pretrain"), run.train_run("pretrain@1")
     assert other["weights_sha256"] != first["weights_sha256"] and other["config"]["seed"] == 1
-    assert run.train_run("iterative@1")["start_from_sha256"] == first["weights_sha256"]
+    children = [run.train_run(name) for name in ("iterative", "iterative@1")]
+    assert {child["start_from_sha256"] for child in children} == {first["weights_sha256"]}
+    assert children[0]["weights_sha256"] != children[1]["weights_sha256"]
     records.weights_path("pretrain@1").unlink()
     assert records.read_record("pretrain@1") == other
+
+
+def test_a_parent_in_the_folder_goes_before_the_shipped_one(pretrained, tmp_path):
+    shipped = records.read_record("pretrain")
+    redefine("pretrain", question="the same, and not the same bits")
+    run.train_run("pretrain@1", tmp_path / "into")
+    for kind in (".pt", ".json"):
+        (tmp_path / "into" / f"pretrain@1{kind}").rename(tmp_path / "into" / f"pretrain{kind}")
+    path = tmp_path / "into" / "pretrain.json"
+    own = json.loads(path.read_text())
+    own["config"]["seed"] = 0
+    path.write_text(json.dumps(own))
+    child = run.train_run("iterative", tmp_path / "into")
+    assert child["start_from_sha256"] == own["weights_sha256"] != shipped["weights_sha256"]
+
+
+def test_epochs_without_a_test_are_in_no_result(tiny_runs):
+    redefine("pretrain", recipe={"epochs": 3, "test_every": 2})
+    record = run.train_run("pretrain")
+    assert ["test_accuracy" in entry for entry in record["history"]] == [False, True, True]
+    assert record["last"]["epoch"] == 3 and record["best"]["epoch"] in (2, 3)
 
 
 def test_a_run_on_held_out_images_never_sees_the_test_set(tiny_runs, monkeypatch):
@@ -151,10 +175,11 @@ def test_a_run_on_held_out_images_never_sees_the_test_set(tiny_runs, monkeypatch
     assert record["config"]["held_out"] == 28 and tested
 
 
-def test_a_child_with_a_learned_step_fits_it_to_its_own_width(pretrained):
+@pytest.mark.parametrize("grid", [dict(Nbits=4), dict(Nbits=2, symmetric=True)], ids=str)
+def test_a_child_with_a_learned_step_fits_it_to_its_own_grid(pretrained, grid):
     """With a rate of zero nothing else moves it."""
     frozen = dict(quantizer="learned", recipe={"epochs": 1, "lr": 0.0, "weight_decay": 0.0})
-    redefine("iterative", pruning={"method": None, "q": 0.0, "epochs": 0}, Nbits=4, **frozen)
+    redefine("iterative", pruning={"method": None, "q": 0.0, "epochs": 0}, **grid, **frozen)
     redefine("quantized", Nbits=2, **frozen)
     run.train_run("iterative")
     run.train_run("quantized")

@@ -147,11 +147,13 @@ def test_other_runs_prune_once_or_not_at_all(name, expected, wide_net):
 @pytest.mark.parametrize("name", ["lab3d_2bit", "pretrain", "ablation_float_distill"])
 def test_a_seed_changes_nothing_else(name):
     """Its parents are those of the run itself, so that seeds differ in the fine-tuning alone."""
-    assert config(f"{name}@2") == config(name) | {"name": f"{name}@2", "seed": 2}
+    other = {"name": f"{name}@2", "seed": RUNS[name].seed + 2}
+    assert config(f"{name}@2") == config(name) | other
 
 
 @pytest.mark.parametrize(
-    "name", ["lab3d_2bit@", "lab3d_2bit@0", "lab3d_2bit@-1", "lab3d_2bit@x", "x@1"]
+    "name", ["lab3d_2bit@", "lab3d_2bit@0", "lab3d_2bit@-1", "lab3d_2bit@x", "x@1",
+             "lab3d_2bit@01", "lab3d_2bit@\u0663"]  # the same number, written otherwise
 )
 def test_a_seed_that_is_none_is_refused(name):
     with pytest.raises(ValueError, match=f"NAME@SEED, seed >= 1.*got '{name}'"):

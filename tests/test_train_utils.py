@@ -325,6 +325,11 @@ def test_the_best_epoch_is_none_before_the_last_pruning(monkeypatch, net, epochs
     assert held == pytest.approx(reached[max(epochs, 1) - 1:], abs=2e-3)
 
 
+def test_a_pruning_that_takes_more_epochs_than_there_are_is_refused(net):
+    with pytest.raises(ValueError, match="pruning.epochs must be at most recipe.epochs, 2, got 3"):
+        fit(net, Recipe(epochs=2), pruning=Pruning("layer", 60.0, epochs=3))
+
+
 # ---------------------------------------------------------------- pruned weights
 
 
