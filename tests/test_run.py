@@ -140,14 +140,10 @@ def test_seeds_differ_start_alike_and_their_record_needs_no_weights(pretrained):
 
 def test_a_parent_in_the_folder_goes_before_the_shipped_one(pretrained, tmp_path):
     shipped = records.read_record("pretrain")
-    redefine("pretrain", question="the same, and not the same bits")
-    run.train_run("pretrain@1", tmp_path / "into")
-    for kind in (".pt", ".json"):
-        (tmp_path / "into" / f"pretrain@1{kind}").rename(tmp_path / "into" / f"pretrain{kind}")
-    path = tmp_path / "into" / "pretrain.json"
-    own = json.loads(path.read_text())
-    own["config"]["seed"] = 0
-    path.write_text(json.dumps(own))
+    own = run.train_run("pretrain@1", tmp_path / "into")  # other bits, now under the same name
+    own["config"] |= {"name": "pretrain", "seed": 0}
+    (tmp_path / "into" / "pretrain.json").write_text(json.dumps(own))
+    (tmp_path / "into" / "pretrain@1.pt").rename(tmp_path / "into" / "pretrain.pt")
     child = run.train_run("iterative", tmp_path / "into")
     assert child["start_from_sha256"] == own["weights_sha256"] != shipped["weights_sha256"]
 
