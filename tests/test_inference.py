@@ -16,6 +16,7 @@ from conftest import first_of, same, state_of
 from FP_layers import STE, FP_Conv, FP_Linear, Learned
 from resnet20 import ResNet_Block, ResNetCIFAR
 from train_utils import evaluate, load_weights, save_weights
+from training import batches as training_batches
 from training.batches import normalize
 from training.inference import fingerprint, for_evaluation, is_plain
 
@@ -50,7 +51,7 @@ def lively(num_layers=14, **arguments):
 
 @pytest.fixture(scope="module")
 def small_cifar(cifar):
-    """70 real test images, which are two batches; nothing here trains."""
+    """70 real test images; nothing here trains."""
     return first_of(cifar, 1, 70)
 
 
@@ -239,6 +240,16 @@ def test_evaluate_equals_a_plain_evaluation(small_cifar, arguments, batch_size):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("threads, size", [(1, 25), (2, 50), (16, 400)])
+def test_on_a_cpu_a_batch_has_25_images_for_each_thread(small_cifar, monkeypatch, threads, size):
+    sizes = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(train_utils, "Batches",
+                        lambda *data: sizes.append(data[2]) or training_batches.Batches(*data))
+    evaluate(lively(), small_cifar)
+    assert sizes == [size]
+
+
 def test_a_compiled_net_is_evaluated_as_what_was_compiled(small_cifar):
     net = lively(Nbits=4)
     compiled = torch.compile(net, backend="eager")
@@ -396,6 +407,7 @@ def test_a_hook_on_all_modules_is_heard(evaluations, register):
 def evaluations(monkeypatch, small_cifar):
     """The nets that `test` really evaluates, on a slice of CIFAR-10."""
     calls = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # so that 70 images are two batches
     monkeypatch.setattr(train_utils, "_tested", {})
     monkeypatch.setattr(train_utils, "get_data", lambda device: small_cifar)
     monkeypatch.setattr(
