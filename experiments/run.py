@@ -20,10 +20,11 @@ from training.checkpoints import fit_quantizers, load_weights, read_state, save_
 from training.execution import Execution, fastest, seconds_a_step
 from training.journal import Journal
 
-__all__ = ["build", "train_run", "load_or_train", "load_checkpoint",
+__all__ = ["build", "train_run", "load_or_train", "measured", "load_checkpoint",
            "announce", "seconds_needed"]
 
 QUANTIZERS = {"minmax": MinMax, "learned": Learned}
+TOLERANCE = 0.001  # by which an accuracy may differ from its record's on another device
 
 
 def build(name, device=None):
@@ -162,6 +163,18 @@ def load_or_train(name, net=None):
     if retraining():
         _retrained_here.add(name)
     return load_weights(build(name) if net is None else net, weights_path(name, folder)), record
+
+
+def measured(name):
+    """Return (net, record, accuracy) of run `name`, tested now on all test images.
+
+    Raises RecordError if the accuracy is not the recorded one, and as load_or_train does.
+    """
+    net, record = load_or_train(name)
+    accuracy, recorded = train_utils.test(net, verbose=False), record["test_accuracy"]
+    if abs(accuracy - recorded) > TOLERANCE:
+        raise RecordError(f"{name} has an accuracy of {accuracy:.4f}, recorded is {recorded:.4f}")
+    return net, record, accuracy
 
 
 def load_checkpoint(checkpoint, Nbits=None, symmetric=False, quantizer=None):

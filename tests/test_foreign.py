@@ -33,7 +33,8 @@ def prefixed(prefix):
     lambda state: {"net": state, "acc": 91.5},
     lambda state: {k: v for k, v in state.items() if "num_batches_tracked" not in k},
     lambda state: {name: tensor.double() for name, tensor in state.items()},
-], ids=["module", "compiled", "both", "state_dict", "model_state_dict", "model", "net", "old BatchNorm", "float64"])
+], ids=["module", "compiled", "both", "state_dict", "model_state_dict", "model", "net",
+        "old BatchNorm", "float64"])
 def test_the_same_architecture_loads_however_it_was_saved(net, tmp_path, change):
     torch.save(change(net.state_dict()), tmp_path / "net.pt")
     other = load_weights(ResNetCIFAR(num_layers=8), tmp_path / "net.pt")

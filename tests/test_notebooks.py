@@ -11,6 +11,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from experiments.runs import RUNS
+
 ROOT = Path(__file__).resolve().parent.parent
 HOMEWORK = ["true_false.ipynb", "lab1_sparse_linear.ipynb", "hw4.ipynb"]
 NOTEBOOKS = [*HOMEWORK, "going_further.ipynb"]
@@ -69,6 +71,13 @@ def test_ignored_output_always_comes_with_an_assert_or_a_figure(notebook):
         if "nbval-ignore-output" in tags(cell) and not shown_only:
             checked = "assert " in cell.source or "figures.plot" in cell.source
             assert checked or "measured(" in cell.source or "results." in cell.source, cell.source
+
+
+def test_text_and_pictures_name_no_run_that_is_not_there(notebook):
+    for cell in notebook.cells:
+        words = cell.source if cell.cell_type == "markdown" else json.dumps(cell.metadata)
+        named = re.findall(r"\blab\d[a-e]_\w+", words)
+        assert all(name in RUNS for name in named), named
 
 
 def test_cells_whose_code_is_shown_are_short(notebook):

@@ -389,6 +389,20 @@ def test_load_or_train_trains_what_is_missing_and_loads_it_the_next_time(tiny_ru
     assert same_record == record and same_weights(net, again)
 
 
+@pytest.mark.parametrize("off, agrees", [(0.0009, True), (-0.0011, False), (0.0011, False)])
+def test_what_is_measured_is_what_the_record_says(pretrained, monkeypatch, off, agrees):
+    record = records.read_record("pretrain")
+    monkeypatch.setattr(train_utils, "test",
+                        lambda net, verbose: record["test_accuracy"] + off)
+    if agrees:
+        net, same_record, accuracy = run.measured("pretrain")
+        assert same_weights(net, run.load_or_train("pretrain")[0]) and same_record == record
+        assert accuracy == record["test_accuracy"] + off
+    else:
+        with pytest.raises(records.RecordError, match="pretrain has an accuracy of .*recorded is"):
+            run.measured("pretrain")
+
+
 def test_load_or_train_loads_into_a_net_in_place(pretrained):
     net = run.build("pretrain")
     assert run.load_or_train("pretrain", net)[0] is net

@@ -170,6 +170,6 @@ def bf16_is_right(net, tolerance=0.01):
                 g = torch.randn(y.shape, generator=generator).to(device).bfloat16()
             results.append([y, *torch.autograd.grad(y, (a, b), g.to(dtype))])
         for exact, rounded in zip(*results):
-            if not (exact - rounded.float()).norm() <= tolerance * exact.norm():  # NaN is wrong, too
+            if not (exact - rounded.float()).norm() <= tolerance * exact.norm():  # NaN is wrong
                 return False
     return True
