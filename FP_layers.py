@@ -38,8 +38,8 @@ def check_n_bits(Nbits, symmetric=False):
             raise TypeError
         n_bits = operator.index(Nbits)
     except TypeError:
-        raise TypeError(f"Nbits must be None or an integer from 0 to {MAX_BITS}, "
-                        f"got {Nbits!r}") from None
+        allowed = f"None or an integer from 0 to {MAX_BITS}"
+        raise TypeError(f"Nbits must be {allowed}, got {Nbits!r}") from None
     if not 0 <= n_bits <= MAX_BITS:
         raise ValueError(f"Nbits must be None, 0 or 1 to {MAX_BITS}, got {n_bits}")
     if symmetric and n_bits == 1:
@@ -107,9 +107,6 @@ class MinMax:
         """Nothing is kept between calls, so nothing has to be fitted."""
 
 
-# ---------------------------------------------------------------- a step that is learned
-
-
 def code_range(Nbits, symmetric=False):
     """Return (lowest, highest), the integer codes of LearnedStep; zero is always among them.
 
@@ -135,8 +132,7 @@ class LearnedStep(torch.autograd.Function):
     round(v) - v inside and the clamped code outside, summed over the weights that share the step
     and divided by sqrt(their number * highest), to have the size of the weights' gradients.
 
-    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, equations 1 to 3, section
-    2.2.
+    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020, section 2.
     """
 
     @staticmethod
@@ -224,8 +220,7 @@ class _FixedPoint(nn.Module):
     def __init__(self, child, layer, Nbits, symmetric, quantizer):
         super().__init__()
         if not callable(quantizer):
-            raise TypeError("quantizer must be MinMax, Learned or another class, "
-                            f"got {quantizer!r}")
+            raise TypeError(f"quantizer must be MinMax, Learned or a class, got {quantizer!r}")
         self.add_module(child, layer)
         self._kind, self._symmetric = quantizer, symmetric
         self.Nbits = Nbits
@@ -252,7 +247,7 @@ class _FixedPoint(nn.Module):
         layer = next(self.children())
         if self.quantizer is None:
             return layer(x)  # with whatever hooks it has
-        for hook in layer._forward_pre_hooks.values():  # torch.nn.utils.prune makes weights in one
+        for hook in layer._forward_pre_hooks.values():  # torch.nn.utils.prune makes weights there
             hook(layer, (x,))
         return self._compute(x, self.quantizer(layer.weight))
 
@@ -278,9 +273,8 @@ class FP_Linear(_FixedPoint):
     """
 
     def __init__(self, in_features, out_features, Nbits=None, symmetric=False, quantizer=MinMax):
-        super().__init__(
-            "linear", nn.Linear(in_features, out_features), Nbits, symmetric, quantizer
-        )
+        linear = nn.Linear(in_features, out_features)
+        super().__init__("linear", linear, Nbits, symmetric, quantizer)
 
     def _compute(self, x, weight):
         return F.linear(x, weight, self.linear.bias)

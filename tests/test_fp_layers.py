@@ -465,7 +465,7 @@ def test_only_a_learned_step_is_in_the_state(case, options):
 @pytest.mark.parametrize("bad", ["learned", "minmax", None, 3])
 @pytest.mark.parametrize("bit", [None, 3])
 def test_a_quantizer_that_is_no_class_is_refused(case, bad, bit):
-    with pytest.raises(TypeError, match="quantizer must be MinMax, Learned or another class, got "
+    with pytest.raises(TypeError, match="quantizer must be MinMax, Learned or a class, got "
                        + repr(bad)):
         case(Nbits=bit, quantizer=bad)
 
