@@ -274,9 +274,10 @@ def test_each_step_has_its_rate_in_each_group(epochs_seen, net, small_cifar):
 
 
 def test_each_epoch_has_the_batches_of_its_seed_and_number(epochs_seen, net, small_cifar):
-    fit(net, Recipe(epochs=2, batch_size=40, cutout=8), small_cifar, seed=3)
+    recipe = Recipe(epochs=2, batch_size=40, cutout=8)
+    fit(net, recipe, small_cifar, seed=3)
     expected = [batch for epoch in (1, 2)
-                for batch in Batches(*small_cifar[:2], 40, 3, epoch, augment=True, cutout=8)]
+                for batch in Batches(*small_cifar[:2], 40, 3, epoch, augment=recipe)]
     assert len(epochs_seen[0]) == len(expected) == 4
     assert all(torch.equal(a, b) for pair in zip(epochs_seen[0], expected) for a, b in zip(*pair))
 
