@@ -465,7 +465,7 @@ def test_asking_whether_a_path_can_be_written_leaves_it_as_it_is(tmp_path):
 @pytest.fixture
 def run_elsewhere(monkeypatch, small_cifar):
     """experiments with one tiny run, whose checkpoints go where the test says."""
-    tiny = dataclasses.replace(runs.RUNS["teacher"], recipe=ONE_EPOCH, name="tiny")
+    tiny = dataclasses.replace(runs.RUNS["pretrain"], recipe=ONE_EPOCH, name="tiny")
     monkeypatch.setattr(runs, "RUNS", {"tiny": tiny})
     monkeypatch.setattr(train_utils, "get_data", lambda device: small_cifar)
     return lambda folder: train_run("tiny", folder)

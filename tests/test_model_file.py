@@ -947,8 +947,8 @@ def test_bits_that_are_given_go_before_those_of_the_run(tmp_path):
 @pytest.mark.parametrize(
     "checkpoint, message",
     [
-        ("lab3c_5bits", "must be one of teacher, pretrain_first"),
-        ("lab3c_4bit@0", "must be one of teacher, pretrain_first"),
+        ("lab3c_5bits", "must be one of pretrain, lab2c_oneshot"),
+        ("lab3c_4bit@0", "must be one of pretrain, lab2c_oneshot"),
         ("nothing/lab9.pt", "no checkpoint at nothing/lab9.pt"),
         ("nothing/lab3c_4bit.pt", "no checkpoint at"),
     ],
