@@ -36,9 +36,10 @@ def hand_in(source, out, student, netid):
     out = Path(out)
     try:
         found = {path.name for path in out.iterdir()} if out.exists() else set()
-        for name in sorted(found - {"report.pdf", *NOTEBOOKS}):
-            raise ReportError(f"{out} holds {name}, which is not of a hand-in; move it, or name "
-                              "another folder with --out")
+        strange = sorted(found - {"report.pdf", *NOTEBOOKS, ".DS_Store"})  # Finder puts that
+        if strange:
+            raise ReportError(f"{out} holds {strange[0]}, which is not of a hand-in; move it, or "
+                              "name another folder with --out")
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".handin-") as folder:
             export("report.pdf", source, Path(folder) / "report.pdf", student=student, netid=netid,
                    date=datetime.now(timezone.utc))

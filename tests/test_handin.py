@@ -57,6 +57,14 @@ def test_a_folder_of_something_else_is_left_alone(source, tmp_path, capsys):
     assert (tmp_path / "desktop" / "report.pdf").read_bytes() == b"mine"
 
 
+def test_what_a_finder_leaves_in_an_earlier_hand_in_is_no_obstacle(source, tmp_path):
+    (tmp_path / "handin").mkdir()
+    for name in ("report.pdf", ".DS_Store"):
+        (tmp_path / "handin" / name).write_bytes(b"")
+    assert run(source, tmp_path / "handin") == 0
+    assert sorted(path.name for path in (tmp_path / "handin").iterdir()) == NAMES
+
+
 def test_a_notebook_that_was_not_executed_keeps_the_old_hand_in(source, tmp_path, capsys):
     assert run(source, tmp_path / "handin") == 0
     nbformat.write(new_notebook(cells=[new_code_cell("1")]), source / "hw4.ipynb")
