@@ -4,7 +4,7 @@
 # make handin   the three files to hand in                    make bench     speed against the assigned pipeline
 # make results  README's table and figure, from the records and from every network as a file
 # make lint     style, and known flaws of what is installed   make lock      exact versions from requirements.txt
-# make clean    remove what was built; make distclean, the environment and the data too
+# make clean    remove what was built; make distclean, trainings, environment and data too
 
 PYTHON ?= python3
 VENV := .venv
@@ -82,7 +82,8 @@ results: environment data
 	$(ALLOCATOR) $(BIN)/python -m benchmarks.sizes
 
 clean:
-	rm -rf build report.pdf further.pdf handin checkpoints/*.part .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__
+	find build -mindepth 1 -maxdepth 1 ! -name trained ! -name retrained -exec rm -rf {} + 2>/dev/null || true
+	rm -rf report.pdf further.pdf handin *.part */*.part checkpoints/ablation/*.part .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__
 
 distclean: clean
-	rm -rf $(VENV) data
+	rm -rf $(VENV) data build

@@ -201,7 +201,8 @@ def _socket_timeout(seconds):
 
 def default_root():
     """Return the data folder: the environment variable CIFAR10_ROOT, else data beside this file."""
-    return Path(os.environ.get("CIFAR10_ROOT") or Path(__file__).resolve().parent / "data")
+    root = os.environ.get("CIFAR10_ROOT")
+    return Path(root).expanduser() if root else Path(__file__).resolve().parent / "data"
 
 
 def load(root=None, device="cpu"):

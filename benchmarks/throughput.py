@@ -156,9 +156,9 @@ def main(arguments=None):
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[BATCH_SIZE, 64, 128, 512],
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[BATCH_SIZE, 128],
                         help="the first one is also split into the parts of a step")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each pipeline is timed")
+    parser.add_argument("--rounds", type=int, default=4, help="times that each pipeline is timed")
     parser.add_argument("--images", type=int, help="images timed in a round of training")
     parser.add_argument("--warmup", type=int, default=4,
                         help="steps before the clock starts, in each round")

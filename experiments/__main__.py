@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from experiments.records import SHIPPED, read_record
+from experiments.records import SHIPPED, read_record, weights_path
 from experiments.runs import RUNS, get
 
 
@@ -73,14 +73,18 @@ def _run(options):
 
     names = list(RUNS) if options.names == ["all"] else options.names
     seeds = ["", *(f"@{seed}" for seed in range(1, options.seeds))]
-    wanted = []
-    for name in [get(name + seed).name for seed in seeds for name in names]:
-        record = None if options.force else read_record(name, options.into)
-        if record is None:
-            wanted.append(name)
-        else:
-            print(f"{name}: trained already, {100 * record['test_accuracy']:.2f} % "
-                  "(--force trains it again)")
+    asked = list(dict.fromkeys(get(name + seed).name for seed in seeds for name in names))
+    records = {name: None if options.force else read_record(name, options.into) for name in asked}
+    wanted = {name for name in asked if records[name] is None}
+    # what the ablation trains from is trained again where its weights are not: none are shipped
+    while lacking := {parent for name in wanted for parent in get(name).parents & {*asked} - wanted
+                      if not any(weights_path(parent, place).exists()
+                                 for place in (options.into, SHIPPED))}:
+        wanted |= lacking
+    for name in (name for name in asked if name not in wanted):
+        print(f"{name}: trained already, {100 * records[name]['test_accuracy']:.2f} % "
+              "(--force trains it again)")
+    wanted = [name for name in asked if name in wanted]
     return pool.run(wanted, options.into, options.jobs, options.as_recorded) if wanted else 0
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import torch
+
 from experiments.records import ROOT
 from experiments.run import announce, train_run
 from experiments.runs import get
@@ -16,26 +18,26 @@ __all__ = ["run"]
 def run(names, folder, jobs=None, as_recorded=False):
     """Train the runs `names`, `jobs` at once; return the exit status, 1 if any of them failed.
 
-    jobs: None, as many as there are cores; a run that is alone is trained in this process, with all
-    threads. A run waits for those of `names` that it starts from or learns from. If one fails,
-    those that depend on it are left out and the others go on. Ctrl-C stops all; the same call goes
-    on.
+    jobs: None, as many as this process may use cores, and one on a GPU; a run that is alone is
+    trained in this process, with all threads. A run waits for its parents among `names`. If one
+    fails, those that depend on it are left out and the others go on. Ctrl-C stops all; the same
+    call goes on.
     """
     names = list(dict.fromkeys(names))
-    jobs = min(jobs or os.cpu_count(), len(names))
+    jobs = min(jobs or (1 if torch.cuda.is_available() else cores()), len(names))
     if "TQDM_POSITION" not in os.environ:  # what a child trains, its parent has announced
         announce(names)
     start = _train_here if jobs == 1 else _Child
     waiting, running, failed = list(names), {}, set()
     try:
         while waiting or running:
-            for name in [name for name in waiting if _parents(name) & failed]:
-                reason = ", ".join(sorted(_parents(name) & failed))
+            for name in [name for name in waiting if get(name).parents & failed]:
+                reason = ", ".join(sorted(get(name).parents & failed))
                 print(f"{name}: left out, as {reason} failed", flush=True)
                 waiting.remove(name)
                 failed.add(name)
             ready = [name for name in waiting
-                     if not _parents(name) & {*waiting, *running, *failed}]
+                     if not get(name).parents & {*waiting, *running, *failed}]
             for name in ready[:jobs - len(running)]:
                 waiting.remove(name)
                 slot = min(set(range(jobs)) - {child.slot for child in running.values()})
@@ -43,6 +45,8 @@ def run(names, folder, jobs=None, as_recorded=False):
             for name, child in list(running.items()):
                 if child.poll() is not None:
                     failed |= {name} if running.pop(name).poll() else set()
+                    if child.poll() < 0:  # it could not say so itself
+                        print(f"{name}: ended by signal {-child.poll()}", flush=True)
             time.sleep(0.0 if jobs == 1 else 0.2)
     finally:  # also on Ctrl-C, which the children may not have heard
         for child in running.values():
@@ -50,8 +54,10 @@ def run(names, folder, jobs=None, as_recorded=False):
     return int(bool(failed))
 
 
-def _parents(name):
-    return {get(name).start_from, get(name).teacher} - {None}
+def cores():
+    """Return how many CPU cores this process may use; a batch system may leave it a few."""
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    return len(affinity(0)) if affinity else os.cpu_count()
 
 
 class _train_here:

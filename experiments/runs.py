@@ -25,6 +25,11 @@ class Run:
     held_out: int = 0  # training images kept for testing in place of the test set
     seed: int = 0  # of initialization, data order and augmentation
 
+    @property
+    def parents(self):
+        """The names of the runs that this one starts from or learns from."""
+        return {self.start_from, self.teacher} - {None}
+
 
 ONE_SHOT = Pruning("layer", 70.0)
 ITERATIVE = Pruning("layer", 70.0, epochs=10)

@@ -18,16 +18,17 @@ def main(arguments=None):
     options = _parser().parse_args(arguments)
     try:
         if options.command == "pack":
-            how = options.bits, options.symmetric, options.quantizer
-            net = load_checkpoint(options.checkpoint, *how)
+            net = _net_of(options)
             data = compress(net, options.coder, options.float_bits)
             with atomic_write(options.out) as file:
                 file.write(data)
             print(f"{options.out}: {_ratio(data, stored_shapes(net).values())}")
         elif options.command == "unpack":
+            _refuse_existing(options.out)
             save_weights(decompress(Path(options.file).read_bytes()), options.out)
         elif options.command == "export":
-            _export(load_checkpoint(options.checkpoint), options.out, options.int8)
+            _refuse_existing(options.out)
+            _export(_net_of(options), options.out, options.int8)
         else:
             _print_info(Path(options.file).read_bytes())
     except (ValueError, OSError, RuntimeError) as error:
@@ -36,11 +37,18 @@ def main(arguments=None):
     return 0
 
 
+def _net_of(options):
+    return load_checkpoint(options.checkpoint, options.bits, options.symmetric, options.quantizer)
+
+
+def _refuse_existing(out):
+    if Path(out).exists():
+        raise FileExistsError(f"{out} is there already: remove it, or choose another name")
+
+
 def _export(net, out, int8):
     from model_file.export import calibration_images, export_onnx, quantize_int8
 
-    if Path(out).exists():
-        raise FileExistsError(f"{out} is there already: remove it, or choose another name")
     check_writable(out)
     model = export_onnx(net)
     if int8:
@@ -57,15 +65,16 @@ def _parser():
     pack.add_argument("--coder", choices=container.CODERS, default="context")
     pack.add_argument("--float-bits", type=int, choices=container.FLOAT_BITS, default=32,
                       help="of values that are no symbols; fewer than 32 round them")
-    pack.add_argument("--bits", type=int, metavar="N", help="bits of a weight, if it is no run's")
-    pack.add_argument("--quantizer", choices=QUANTIZERS, help="how --bits quantizes: minmax, as "
-                      "assigned (default), or learned, with the steps in the file")
-    pack.add_argument("--symmetric", action="store_true", help="--bits: levels around zero")
     export = commands.add_parser("export", help="write a checkpoint as an ONNX file")
     export.add_argument("--int8", action="store_true", help="compute in 8-bit integers")
     for command, out in ((pack, "OUT"), (export, "OUT.onnx")):
         command.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's name, or a .pt file")
         command.add_argument("out", metavar=out)
+        command.add_argument("--bits", type=int, metavar="N",
+                             help="bits of a weight, if it is no run's")
+        command.add_argument("--quantizer", choices=QUANTIZERS, help="how --bits quantizes: "
+                             "minmax, as assigned (default), or learned, with steps in the file")
+        command.add_argument("--symmetric", action="store_true", help="--bits: levels around zero")
     unpack = commands.add_parser("unpack", help="write a file's net as a float checkpoint")
     info = commands.add_parser("info", help="show where every byte goes")
     for command in (unpack, info):

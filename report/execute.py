@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import CellExecutionError
 from tqdm import tqdm
 
 from files import atomic_write
@@ -57,7 +57,7 @@ async def _execute(path, out, env):
             file.write((nbformat.writes(notebook) + "\n").encode())
     except CellExecutionError as error:
         raise ReportError(f"{path}: {clean(str(error))}") from error
-    except (DeadKernelError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError) as error:  # a kernel that is dead, or never answered
         raise ReportError(f"{path} cannot be executed: {error}") from error
 
 

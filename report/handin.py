@@ -41,13 +41,15 @@ def hand_in(source, out, student, netid):
             raise ReportError(f"{out} holds {strange[0]}, which is not of a hand-in; move it, or "
                               "name another folder with --out")
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".handin-") as folder:
-            export("report.pdf", source, Path(folder) / "report.pdf", student=student, netid=netid,
+            new, old = Path(folder) / "new", Path(folder) / "old"
+            new.mkdir()
+            export("report.pdf", source, new / "report.pdf", student=student, netid=netid,
                    date=datetime.now(timezone.utc))
             for name in NOTEBOOKS:
-                shutil.copyfile(Path(source) / name, Path(folder) / name)
+                shutil.copyfile(Path(source) / name, new / name)
             if out.exists():
-                shutil.rmtree(out)
-            shutil.copytree(folder, out)
+                out.rename(old)
+            new.rename(out)
     except OSError as error:
         raise ReportError(f"{out} cannot be written ({error})") from error
     return sorted(path.name for path in out.iterdir())

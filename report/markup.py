@@ -7,6 +7,7 @@ import base64
 import binascii
 import json
 import re
+import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,7 +168,7 @@ def _image(content, piece, figures):
     One on the web is not fetched; its description stands for it. Raises ReportError if a picture is
     not there or of no known form.
     """
-    place = content[2][0]
+    place = urllib.parse.unquote(content[2][0])  # pandoc has quoted a name's spaces
     if re.match("https?:", place):
         return {"t": "Span", "c": [["", [], []], rewrite(content[1], piece, figures)]}
     form, data = _picture(place, piece)

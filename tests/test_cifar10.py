@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -144,6 +145,7 @@ def test_a_good_cache_in_cifar10_root_is_all_it_takes(monkeypatch, cifar_root, c
 
 @pytest.mark.parametrize("value, expected", [
     ("/some/where", "/some/where"), ("", REPOSITORY / "data"), (None, REPOSITORY / "data"),
+    ("~/images", Path.home() / "images"),
 ])
 def test_default_root(monkeypatch, tmp_path, value, expected):
     """Beside the module, wherever Python was started."""

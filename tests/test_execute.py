@@ -44,6 +44,16 @@ def test_a_missing_notebook_is_named(tmp_path, capsys):
     assert "absent.ipynb cannot be executed" in capsys.readouterr().err
 
 
+def test_a_kernel_that_never_answers_is_an_error_of_ours(tmp_path, monkeypatch, capsys):
+    async def never(client, env):
+        raise RuntimeError("Kernel didn't respond in 60 seconds")
+
+    monkeypatch.setattr("report.execute.NotebookClient.async_execute", never)
+    assert main([str(write(tmp_path, "1"))]) == 1
+    error = capsys.readouterr().err
+    assert "cannot be executed: Kernel didn't respond" in error and "Traceback" not in error
+
+
 def outputs(path):
     return [cell.outputs[0].text.strip() for cell in nbformat.read(path, as_version=4).cells]
 

@@ -5,6 +5,7 @@ only where it is right.
 import copy
 import sys
 import time
+from subprocess import SubprocessError
 
 import pytest
 import torch
@@ -147,11 +148,27 @@ def test_what_the_machine_cannot_do_is_not_tried(net, timed, machine, tried):
     assert fastest(net, 64) == FLOAT and calls == tried
 
 
+def test_a_compilation_that_fails_is_left_out(net, timed, monkeypatch):
+    """As one does without Python's headers."""
+    calls = timed({FLOAT: 1.0, BF16: 0.5})
+    whole = execution.seconds_a_step
+
+    def failing(net, size, how):
+        if how.compile:
+            raise SubprocessError("Python.h: No such file or directory")
+        return whole(net, size, how)
+
+    monkeypatch.setattr(execution, "seconds_a_step", failing)
+    with pytest.warns(UserWarning, match="torch.compile fails .*Python.h"):
+        assert fastest(net, 64) == BF16
+    assert calls == [FLOAT, BF16]
+
+
 def test_a_cpu_without_a_compiler_does_not_compile(monkeypatch, tmp_path):
     cpu = torch.device("cpu")
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert not has_compiler(cpu)
-    assert has_compiler(torch.device("cuda"))  # whose compiler comes with PyTorch
+    assert has_compiler(torch.device("cuda"))
     monkeypatch.setenv("CXX", sys.executable)
     assert has_compiler(cpu)
     monkeypatch.delenv("CXX")

@@ -167,6 +167,19 @@ def test_what_is_written_is_what_is_exported(tmp_path, capsys, model, images):
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "net.onnx"]
 
 
+def test_how_a_checkpoint_is_quantized_can_be_said(tmp_path, capsys, monkeypatch):
+    """A student's file does not say it; without a word, its float weights are exported."""
+    exported = []
+    monkeypatch.setattr("model_file.export.export_onnx", lambda net: exported.append(net) or b"net")
+    torch.save(load_checkpoint("lab3c_3bit").state_dict(), tmp_path / "mine.pt")
+    for options in ([], ["--bits", 3], ["--bits", 3, "--symmetric"]):
+        out = tmp_path / f"{len(options)}.onnx"
+        assert run(capsys, "export", tmp_path / "mine.pt", out, *options)[0] == 0
+    stage = [net.body_op[0].conv1[0] for net in exported]
+    assert [layer.Nbits for layer in stage] == [None, 3, 3]
+    assert [len(layer.quantized_weight().unique()) for layer in stage[1:]] == [8, 7]
+
+
 def no_export(net):
     raise AssertionError("must be refused before it is exported")
 

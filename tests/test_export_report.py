@@ -1014,6 +1014,16 @@ def test_images_in_markdown_are_taken_over(read, tmp_path):
     assert "beside words" in reader.pages[1].extract_text()
 
 
+def test_images_may_have_spaces_in_their_names(read, tmp_path):
+    (tmp_path / "my plot.png").write_bytes(png("#ff0000"))
+    attached = new_markdown_cell("![attached](attachment:my%20image.png)")
+    attached["attachments"] = {
+        "my image.png": {"image/png": base64.b64encode(png("#0000ff")).decode()}}
+    local = new_markdown_cell("# T\n\n![a](my%20plot.png)\n\n![b](<my plot.png>)")
+    reader = read([local, attached])
+    assert len(drawn(reader.pages[1])[1]) == 3
+
+
 def test_html_that_students_write_is_taken_over(read):
     badge = ('<a href="https://colab.research.google.com/x"><img src="https://colab/badge.svg" '
              'alt="Open In Colab"/></a>')

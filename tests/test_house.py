@@ -218,6 +218,23 @@ def test_notebooks_are_compared_by_nbdime_where_it_is_installed():
         "pruning.py: diff: unspecified", "pruning.py: merge: unspecified"]
 
 
+# ---------------------------------------------------------------- make
+
+
+@pytest.mark.parametrize("target, left", [
+    ("clean", {"build/trained/a.resume.pt", "build/retrained/a.pt", "data/a", ".venv/a", "b.pt"}),
+    ("distclean", {"b.pt"})])
+def test_what_took_hours_to_train_is_left_by_make_clean(tmp_path, target, left):
+    for name in ("build/trained/a.resume.pt", "build/retrained/a.pt", "build/hw4.ipynb", "a.part",
+                 "report.pdf", "handin/report.pdf", "data/a", ".venv/a", "b.pt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    subprocess.run(["make", "-f", REPOSITORY / "Makefile", target], cwd=tmp_path, check=True,
+                   capture_output=True)
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == left
+
+
 # ---------------------------------------------------------------- docstrings
 
 

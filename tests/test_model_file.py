@@ -808,6 +808,9 @@ def test_pack_info_unpack(tmp_path, capsys, images, four_bits):
     assert run(capsys, "unpack", file, checkpoint)[0] == 0
     net = load_weights(ResNetCIFAR(), checkpoint).eval()
     assert torch.equal(net(images[:20]), four_bits(images[:20]))
+    before = checkpoint.read_bytes()  # what is trained is not written over
+    status, _, err = run(capsys, "unpack", file, checkpoint)
+    assert status == 1 and "net.pt is there already" in err and checkpoint.read_bytes() == before
 
 
 def test_pack_by_path_with_options(tmp_path, capsys):

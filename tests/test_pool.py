@@ -89,7 +89,7 @@ FAMILY = {  # run: what it starts from, what it learns from
 
 @pytest.mark.parametrize("jobs, first", [(2, 2), (3, 3), (10, 3), (None, 3)])
 def test_as_many_run_at_once_as_there_are_jobs_and_ready_runs(monkeypatch, jobs, first):
-    monkeypatch.setattr(pool.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(pool, "cores", lambda: 64)
     trainings = Trainings(dict.fromkeys(FAMILY, 3))
     with scheduled(trainings, FAMILY):
         assert pool.run(list(FAMILY), Path("folder"), jobs) == 0
@@ -97,12 +97,30 @@ def test_as_many_run_at_once_as_there_are_jobs_and_ready_runs(monkeypatch, jobs,
     assert sorted(trainings.done) == sorted(FAMILY)
 
 
-def test_without_jobs_there_are_as_many_as_cores(monkeypatch):
-    monkeypatch.setattr(pool.os, "cpu_count", lambda: 2)
+@pytest.mark.parametrize("gpu, at_once", [(False, 2), (True, 1)])
+def test_without_jobs_there_are_as_many_as_cores_and_one_on_a_gpu(monkeypatch, gpu, at_once):
+    monkeypatch.setattr(pool, "cores", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     trainings = Trainings(dict.fromkeys(FAMILY, 3))
     with scheduled(trainings, FAMILY):
         pool.run(list(FAMILY), Path("folder"))
-    assert max(len(slots) for slots, _, _ in trainings.moments) == 2
+    assert max(len(slots) for slots, _, _ in trainings.moments) == at_once
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(pool.os, "sched_getaffinity", lambda pid: {3, 5, 8}, raising=False)
+    assert pool.cores() == 3
+    monkeypatch.delattr(pool.os, "sched_getaffinity")  # as on macOS
+    monkeypatch.setattr(pool.os, "cpu_count", lambda: 7)
+    assert pool.cores() == 7
+
+
+def test_a_run_that_was_killed_is_named_with_the_signal(monkeypatch, capsys):
+    trainings = Trainings()
+    trainings.poll = lambda name, child: -9 if name == "other" else 0
+    with scheduled(trainings, FAMILY):
+        assert pool.run(list(FAMILY), Path("folder"), 2) == 1
+    assert capsys.readouterr().out == "other: ended by signal 9\n"
 
 
 def test_a_run_waits_for_its_parent_and_its_teacher():
