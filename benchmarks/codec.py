@@ -14,18 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.run import load_or_train
+from benchmarks.sizes import AS_FILE
+from experiments.run import load_checkpoint
 from files import atomic_write
 from model_file.container import symbol_bytes
 from model_file.network import parts_of
 
 RESULTS = Path(__file__).with_name("codec.json")
-RUN = "lab3d_2bit_improved"
 
 
-def coded_parts(run=RUN):
-    """Return the parts of a run's network that have symbols: see model_file.network.parts_of."""
-    return [part for part in parts_of(load_or_train(run)[0]) if part.symbols is not None]
+def coded_parts(run=AS_FILE):
+    """Return the parts of a shipped run's network that have symbols; see model_file.network."""
+    return [part for part in parts_of(load_checkpoint(run)) if part.symbols is not None]
 
 
 def main():
@@ -40,7 +40,7 @@ def main():
     decoded = nnc.decompress(coded)
     if not all(np.array_equal(decoded[name], array) for name, array in codes.items()):
         raise RuntimeError("NNCodec must give the symbols back")
-    results = {"run": RUN, "NNCodec": importlib.metadata.version("nncodec"),
+    results = {"run": AS_FILE, "NNCodec": importlib.metadata.version("nncodec"),
                "bytes": len(coded), "ours": len(symbol_bytes(parts, "context"))}
     with atomic_write(RESULTS) as file:
         file.write((json.dumps(results, indent=1) + "\n").encode())

@@ -190,7 +190,8 @@ def test_the_figure_that_is_shipped_is_a_picture():
     assert "benchmarks/frontier.png" in (REPOSITORY / "README.md").read_text()
 
 
-def test_the_command_writes_both(monkeypatch, tmp_path):
+def test_the_command_writes_table_figure_and_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(sizes, "SHIPPED", tmp_path)
     monkeypatch.setattr(sizes, "CSV", tmp_path / "sizes.csv")
     monkeypatch.setattr(sizes, "FIGURE", tmp_path / "frontier.png")
     few = {name: RUNS[name] for name in ("pretrain", "lab3c_4bit")}
@@ -204,6 +205,8 @@ def test_the_command_writes_both(monkeypatch, tmp_path):
     assert recorded["context"] == (len(compress(load_checkpoint("lab3c_4bit"))),
                                    round(read_record("lab3c_4bit")["test_accuracy"], 4))
     assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+    net = load_checkpoint("lab3d_2bit_improved")
+    assert (tmp_path / "lab3d_2bit_improved.rnpq").read_bytes() == compress(net, "context", 8)
 
 
 # ---------------------------------------------------------------- the codec of a standard
@@ -228,7 +231,7 @@ def nncodec(monkeypatch, tmp_path):
 def test_both_codecs_get_the_same_symbols(nncodec):
     assert codec.main() == 0
     results = json.loads(codec.RESULTS.read_text())
-    assert results == {"run": codec.RUN, "NNCodec": "2.1.3", "bytes": 10,
+    assert results == {"run": codec.AS_FILE, "NNCodec": "2.1.3", "bytes": 10,
                        "ours": len(symbol_bytes(codec.coded_parts(), "context"))}
     for part, array in zip(codec.coded_parts(), nncodec.values(), strict=True):
         assert array.dtype == np.int32 and array.shape == part.record.shape
