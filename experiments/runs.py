@@ -116,13 +116,13 @@ def _ablation_runs():
     yield Run("ablation_float_again", "float model, 20 epochs: Muon, distilled from the last one",
               start_from=None, recipe=replace(FLOAT, epochs=20), teacher="ablation_float_distill",
               **ABLATION)
-    yield Run("ablation_float_on", "float model, 20 epochs on from that one, at half its rates",
+    yield Run("ablation_float_on", "float model, 20 epochs on from distillation, at half its rates",
               start_from="ablation_float_distill", teacher="ablation_float_distill",
               recipe=replace(FLOAT_ON, epochs=20, cutout=0), **ABLATION)
-    yield Run("ablation_float_on_cutout", "the same with cutout of 16 pixels",
+    yield Run("ablation_float_on_cutout", "float model, the same with cutout of 16 pixels",
               start_from="ablation_float_distill", teacher="ablation_float_distill",
               recipe=replace(FLOAT_ON, epochs=20), rescale=True, **ABLATION)
-    yield Run("ablation_float_last", "float model, 20 epochs on from that one: SGD, distillation",
+    yield Run("ablation_float_last", "float model, 20 epochs on from the one with cutout: SGD",
               start_from="ablation_float_on_cutout", teacher="ablation_float_on_cutout",
               recipe=replace(FLOAT_LAST, epochs=20), rescale=True, **ABLATION)
     for part, what, recipe in TWO_BIT_PARTS:
