@@ -13,10 +13,10 @@ __all__ = ["reestimate_statistics", "round_weights"]
 
 @torch.no_grad()
 def reestimate_statistics(net, images, batch_size=256):
-    """Estimate the BatchNorm statistics of `net`, in place, anew on uint8 `images`; return the net.
+    """Estimate the BatchNorm statistics of `net`, in place, anew on `images`; return the net.
 
-    No weight is touched. The statistics are means over the batches; the net ends in evaluation
-    mode.
+    images: uint8, (N, 3, 32, 32), on the net's device. No weight is touched. The statistics are
+    means over the batches; the net ends in evaluation mode.
     """
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -36,7 +36,7 @@ def round_weights(net, Nbits, symmetric=False, centred=False):
     """Round the float weights of the residual stages to the grid of STE, in place; return the net.
 
     centred: take the mean rounding error of each filter's non-zero weights out again. Its sum is
-    what shifts the filter's output; the rounded weights are then off the grid.
+    what shifts the filter's output; the rounded weights are then off the grid. Raises as STE does.
     """
     for layer in (m for m in net.body_op.modules() if isinstance(m, FP_Conv)):
         w = layer.weight

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import train_utils
+from arguments import check
 from cifar10 import hold_out
 from experiments.records import (
     RETRAINED, SHIPPED, RecordError, config_of, not_trained, read_record, record_path, retraining,
@@ -183,10 +184,13 @@ def measured(name):
 def load_checkpoint(checkpoint, Nbits=None, symmetric=False, quantizer=None):
     """Return the net, on the CPU, of a checkpoint: a run's name, a run's file, or any other file.
 
-    A run says what a checkpoint does not: bits of a weight, whether levels are symmetric, and the
-    quantizer. For other files, or to have it otherwise, the arguments say it; without them the
-    weights are taken as they are. Raises ValueError for an unknown name, and as load_weights does.
+    It is a ResNet-20. A run says what a checkpoint does not: bits of a weight, whether levels are
+    symmetric, and the quantizer, "minmax" or "learned". For other files, or to have it otherwise,
+    the arguments say it; without them the weights are taken as they are. Raises ValueError for an
+    unknown name or quantizer, and as load_weights does.
     """
+    if quantizer is not None:
+        check(tuple(QUANTIZERS), quantizer=quantizer)
     if Nbits is None and (symmetric or quantizer is not None):
         raise ValueError("Nbits must be given where symmetric or quantizer is, got None")
     name, path = str(checkpoint), Path(checkpoint)

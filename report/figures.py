@@ -156,7 +156,10 @@ def plot_accuracy(curves, ax, xlabel, baseline=None):
 
 
 def plot_layers(series, ax, ylabel, ylim=None):
-    """Draw fractions of layers as bars in %. series: {label: {layer: fraction}}; returns ax."""
+    """Draw fractions of layers as bars in %; return ax.
+
+    series: {label: {layer: fraction}}; ylim: (lowest, highest), in %.
+    """
     width = 0.8 / len(series)
     for i, (label, layers) in enumerate(series.items()):
         x = np.arange(len(layers)) + (i - (len(series) - 1) / 2) * width

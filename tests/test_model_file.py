@@ -937,6 +937,8 @@ def test_bits_that_are_given_go_before_those_of_the_run(tmp_path):
     assert learned.limits == (-3, 3)
     assert load_checkpoint(weights_path("pretrain")).Nbits is None
     assert not load_checkpoint(checkpoint).symmetric
+    with pytest.raises(ValueError, match="quantizer must be 'minmax' or 'learned', got 'lsq'"):
+        load_checkpoint(checkpoint, 3, quantizer="lsq")
     assert load_checkpoint("lab3d_2bit_improved").symmetric
 
 
