@@ -59,11 +59,6 @@ def answer(text, in_short=None):
             metadata={"in_short": in_short} if in_short else None)
 
 
-def paragraph(text):
-    """Display a paragraph, Markdown of any line breaks."""
-    display(Markdown(" ".join(text.split())))
-
-
 def table(header, rows, text_columns=1):
     """Return a Markdown table to be displayed: `header` of strings, `rows` of cells.
 

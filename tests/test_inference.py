@@ -239,7 +239,6 @@ def test_evaluate_equals_a_plain_evaluation(small_cifar, arguments, batch_size):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("threads, size", [(1, 25), (2, 50), (16, 400)])
 def test_on_a_cpu_a_batch_has_25_images_for_each_thread(small_cifar, monkeypatch, threads, size):
     sizes = []
@@ -250,6 +249,7 @@ def test_on_a_cpu_a_batch_has_25_images_for_each_thread(small_cifar, monkeypatch
     assert sizes == [size]
 
 
+@pytest.mark.slow
 def test_a_compiled_net_is_evaluated_as_what_was_compiled(small_cifar):
     net = lively(Nbits=4)
     compiled = torch.compile(net, backend="eager")
