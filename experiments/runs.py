@@ -104,7 +104,6 @@ FLOAT_PARTS = (  # name, what, recipe, with a teacher
 TWO_BIT_PARTS = (
     ("sgd", "SGD, distillation at temperature 1", FINE_SGD),
     ("muon", "Muon, distillation at temperature 1", IMPROVED),
-    ("temperature", "Muon, distillation at temperature 2", replace(IMPROVED, temperature=2.0)),
 )
 
 

@@ -203,7 +203,6 @@ def test_the_ablation_takes_one_part_at_a_time():
         "ablation_float_distill": {"recipe.distill", "recipe.temperature", "teacher"},
         "ablation_float_sgd": MUON | {"recipe.lr"},
         "ablation_2bit_sgd": MUON,
-        "ablation_2bit_temperature": {"recipe.temperature"},
     }
     for name, part in parts.items():
         base = "ablation_float_muon" if "float" in name else "ablation_2bit_muon"
