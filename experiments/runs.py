@@ -42,7 +42,7 @@ MUON = replace(SGD, optimizer="muon", muon_lr=0.03, lr=0.1)
 FLOAT = replace(MUON, distill=0.7, temperature=4.0)
 FLOAT_ON = replace(FLOAT, muon_lr=0.015, lr=0.05, cutout=16)  # on from what FLOAT has reached
 # Last, SGD with lr * weight_decay as SGD has it: what Muon leaves prunes and rounds badly.
-FLOAT_LAST = replace(SGD, lr=0.05, weight_decay=2e-3, distill=0.7, temperature=4.0, cutout=16)
+FLOAT_LAST = replace(SGD, lr=0.05, weight_decay=2e-3, distill=0.7, temperature=4.0)
 
 # The improved runs: as many epochs as assigned, the last one kept.
 FINE_SGD = Recipe(batch_size=128, lr=0.05, schedule="cosine", warmup=0.05, momentum=0.9,
@@ -121,9 +121,9 @@ def _ablation_runs():
     yield Run("ablation_float_on_cutout", "float model, the same with cutout of 16 pixels",
               start_from="ablation_float_distill", teacher="ablation_float_distill",
               recipe=replace(FLOAT_ON, epochs=20), rescale=True, **ABLATION)
-    yield Run("ablation_float_last", "float model, 20 epochs on from the one with cutout: SGD",
+    yield Run("ablation_float_last", "float model, 8 epochs on from the one with cutout: SGD",
               start_from="ablation_float_on_cutout", teacher="ablation_float_on_cutout",
-              recipe=replace(FLOAT_LAST, epochs=20), rescale=True, **ABLATION)
+              recipe=replace(FLOAT_LAST, epochs=8), rescale=True, **ABLATION)
     for part, what, recipe in TWO_BIT_PARTS:
         yield Run(f"ablation_2bit_{part}", f"2-bit weights, 20 epochs: {what}",
                   start_from="ablation_float_last", Nbits=2, quantizer="learned",
@@ -165,12 +165,9 @@ RUNS = {run.name: run for run in (
     Run("pretrain_second", "the float model after its second training", keep="last",
         start_from="pretrain_first", teacher="pretrain_first", rescale=True,
         recipe=replace(FLOAT_ON, epochs=100), seed=10),  # other orders and crops than in the first
-    Run("pretrain_third", "the float model after its third training", keep="last",
-        start_from="pretrain_second", teacher="pretrain_second", rescale=True,
-        recipe=replace(FLOAT_LAST, epochs=60), seed=20),
-    Run("pretrain", "Lab 2 (a): the float model, from scratch", keep="last",
-        start_from="pretrain_third", teacher="pretrain_second", rescale=True,
-        recipe=replace(FLOAT_LAST, lr=0.025, epochs=40), seed=30),
+    Run("pretrain", "Lab 2 (a): the float model, from scratch", start_from="pretrain_second",
+        keep="last", recipe=replace(FLOAT_LAST, epochs=8), teacher="pretrain_second",
+        rescale=True, seed=20),
     *_assigned_runs(),
     *_improved_runs(),
     *_earlier_ablation_runs(),
