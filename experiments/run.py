@@ -20,7 +20,6 @@ from resnet20 import ResNetCIFAR
 from training.checkpoints import fit_quantizers, load_weights, read_state, save_weights
 from training.execution import Execution, fastest, seconds_a_step
 from training.journal import Journal
-from training.optimizer import rescale
 
 __all__ = ["build", "train_run", "load_or_train", "measured", "load_checkpoint",
            "announce", "seconds_needed"]
@@ -68,8 +67,6 @@ def train_run(name, folder=SHIPPED, as_recorded=False):
             execution=execution, journal=Journal(name, state_path, tag))
     if run.keep == "best":
         net.load_state_dict(best_state)
-    if run.rescale:
-        rescale(net)
     save_weights(net, weights_path(name, folder))
     record = _record(run, net, data, history, tag, folder)
     write_record(record, folder)

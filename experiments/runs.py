@@ -21,7 +21,6 @@ class Run:
     recipe: Recipe = Recipe()  # the default is the assigned one
     teacher: str | None = None  # run of the float model that is distilled from
     keep: str = "best"  # which epoch is shipped: "best" on the test set, as assigned, or "last"
-    rescale: bool = False  # in the end, filters get norm 1; see training.optimizer.rescale
     held_out: int = 0  # training images kept for testing in place of the test set
     seed: int = 0  # of initialization, data order and augmentation
 
@@ -35,13 +34,13 @@ ONE_SHOT = Pruning("layer", 70.0)
 ITERATIVE = Pruning("layer", 70.0, epochs=10)
 GLOBAL = Pruning("global", 70.0, epochs=10)
 
-# The float model.
+# The float model and its teachers.
 SGD = Recipe(batch_size=128, lr=0.2, schedule="cosine", warmup=0.1, momentum=0.9, nesterov=True,
              weight_decay=5e-4, test_every=5)
 MUON = replace(SGD, optimizer="muon", muon_lr=0.03, lr=0.1)
 FLOAT = replace(MUON, distill=0.7, temperature=4.0)
 FLOAT_ON = replace(FLOAT, muon_lr=0.015, lr=0.05, cutout=16)  # on from what FLOAT has reached
-# SGD from scratch learns from that: what Muon leaves is more accurate, but prunes and rounds badly.
+# Muon's network is the more accurate one, but prunes and rounds badly, so it teaches one of SGD.
 FLOAT_LAST = replace(SGD, batch_size=512, lr=0.8, distill=0.7, temperature=4.0, cutout=16)
 
 # The improved runs: as many epochs as assigned, the last one kept.
@@ -120,7 +119,7 @@ def _ablation_runs():
               recipe=replace(FLOAT_ON, epochs=20, cutout=0), **ABLATION)
     yield Run("ablation_float_on_cutout", "float model, the same with cutout of 16 pixels",
               start_from="ablation_float_distill", teacher="ablation_float_distill",
-              recipe=replace(FLOAT_ON, epochs=20), rescale=True, **ABLATION)
+              recipe=replace(FLOAT_ON, epochs=20), **ABLATION)
     yield Run("ablation_float_last", "float model, 20 epochs: SGD, cutout, distilled from that",
               start_from=None, recipe=replace(FLOAT_LAST, epochs=20),
               teacher="ablation_float_on_cutout", **ABLATION)
@@ -131,7 +130,7 @@ def _ablation_runs():
 
 
 def _earlier_ablation_runs():
-    """What the improved recipe has but for Muon: 4 epochs each, or 20 where a name says long."""
+    """The improved recipe, part by part: 4 epochs each, or 20 where a name says long."""
     rate = replace(IMPROVED, distill=0.0)
     short, long = "ablation_float", "ablation_long_float"
     for name, epochs in ((short, 10), (long, 40)):
@@ -158,12 +157,12 @@ def _earlier_ablation_runs():
 
 
 RUNS = {run.name: run for run in (
-    Run("teacher", "the teacher of the float model", start_from=None, keep="last",
+    Run("teacher", "the teacher of pretrain_first", start_from=None, keep="last",
         recipe=replace(SGD, epochs=50)),
-    Run("pretrain_first", "the float model after its first training", start_from=None, keep="last",
-        recipe=replace(FLOAT, epochs=100), teacher="teacher"),
-    Run("pretrain_second", "the float model after its second training", keep="last",
-        start_from="pretrain_first", teacher="pretrain_first", rescale=True,
+    Run("pretrain_first", "the float model's teacher after its first training", start_from=None,
+        keep="last", recipe=replace(FLOAT, epochs=100), teacher="teacher"),
+    Run("pretrain_second", "the float model's teacher after its second training", keep="last",
+        start_from="pretrain_first", teacher="pretrain_first",
         recipe=replace(FLOAT_ON, epochs=100), seed=10),  # other orders and crops than in the first
     Run("pretrain", "Lab 2 (a): the float model, from scratch", start_from=None, keep="last",
         recipe=replace(FLOAT_LAST, epochs=180), teacher="pretrain_second", seed=20),

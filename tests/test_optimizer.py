@@ -8,7 +8,7 @@ from torch import nn
 
 from conftest import make_net
 from FP_layers import Learned
-from training.optimizer import Muon, make_optimizer, orthogonal, rescale
+from training.optimizer import Muon, make_optimizer, orthogonal
 from training.recipe import Recipe
 
 SHAPES = [(16, 16), (32, 9), (9, 40), (10, 1)]
@@ -161,33 +161,3 @@ def test_momentum_is_kept_with_the_state_and_goes_on(net):
         step(one, its, 2)
     for a, b, c in zip(net.parameters(), other.parameters(), forgetful.parameters()):
         assert torch.equal(a, b) and not torch.equal(a, c)
-
-
-# ---------------------------------------------------------------- the size of weights
-
-
-@torch.no_grad()
-def test_rescaled_filters_have_norm_1_in_the_mean_and_the_net_computes_what_it_did():
-    net = make_net()
-    for i, layer in enumerate(layer for layer in net.modules() if isinstance(layer, nn.Conv2d)):
-        layer.weight.mul_(3.0 + i)
-    for norm in (layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)):
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 30)
-    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    before, linear = net.eval()(x), net.final_fc.weight.clone()
-    rescale(net)
-    torch.testing.assert_close(net(x), before, rtol=1e-4, atol=1e-4)
-    for layer in (layer for layer in net.modules() if isinstance(layer, nn.Conv2d)):
-        assert layer.weight.square().sum((1, 2, 3)).mean().item() == pytest.approx(1, rel=1e-4)
-    assert torch.equal(net.final_fc.weight, linear)
-
-
-@torch.no_grad()
-def test_a_convolution_of_zeros_or_without_a_batchnorm_is_not_rescaled():
-    conv = nn.Conv2d(3, 4, 3)
-    net = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-    net[2].weight.zero_()
-    before = copy.deepcopy(net.state_dict())
-    rescale(net)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())

@@ -13,7 +13,6 @@ from pruning import layer_sparsity, sparsity
 from tiny_runs import TINY, files_in, redefine
 from training.checkpoints import load_weights
 from training.execution import Execution
-from training.optimizer import rescale
 
 pytest_plugins = ["tiny_runs"]
 
@@ -147,17 +146,6 @@ def test_a_parent_in_the_folder_goes_before_the_shipped_one(pretrained, tmp_path
     (tmp_path / "into" / "pretrain@1.pt").rename(tmp_path / "into" / "pretrain.pt")
     child = run.train_run("iterative", tmp_path / "into")
     assert child["start_from_sha256"] == own["weights_sha256"] != shipped["weights_sha256"]
-
-
-def test_a_run_may_rescale_its_weights_in_the_end(pretrained):
-    plain = run.load_or_train("pretrain")[0]
-    redefine("pretrain", rescale=True)
-    run.train_run("pretrain")
-    net, record = run.load_or_train("pretrain")
-    assert record["test_accuracy"] == record["last"]["test_accuracy"]
-    assert not same_weights(net, plain)
-    rescale(plain)
-    torch.testing.assert_close(net.state_dict(), plain.state_dict())
 
 
 def test_epochs_without_a_test_are_in_no_result(tiny_runs):

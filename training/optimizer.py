@@ -1,11 +1,9 @@
-"""Muon, the optimizer of a recipe, and the size of the weights that it leaves."""
-
-import math
+"""The optimizer of a recipe: SGD, or Muon beside it."""
 
 import torch
 from torch import nn
 
-__all__ = ["Muon", "make_optimizer", "rescale"]
+__all__ = ["Muon", "make_optimizer"]
 
 
 def make_optimizer(net, recipe):
@@ -65,24 +63,3 @@ def orthogonal(matrix, steps=4):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
-
-
-@torch.no_grad()
-def rescale(net):
-    """Scale each convolution in front of a BatchNorm, in place, to filters of norm 1 in the mean.
-
-    Mean is the root mean square, so the weight, (out, ...), has the norm sqrt(out). The BatchNorm's
-    statistics are scaled with it, so the net evaluates as before. Muon lets these weights grow, as
-    no step of it makes them smaller, and the larger they are, the less a later step of SGD turns
-    them: its effective rate is lr / norm^2.
-
-    Source: van Laarhoven, "L2 Regularization versus Batch and Weight Normalization", 2017.
-    """
-    for block in net.modules():
-        layers = list(block) if isinstance(block, nn.Sequential) else []
-        for layer, norm in zip(layers, layers[1:]):
-            if isinstance(norm, nn.BatchNorm2d) and layer.weight.any():
-                factor = math.sqrt(len(layer.weight)) / layer.weight.norm()
-                layer.weight.mul_(factor)
-                norm.running_mean.mul_(factor)
-                norm.running_var.add_(norm.eps).mul_(factor**2).sub_(norm.eps).clamp_(min=0)
