@@ -151,10 +151,11 @@ def _fit_into(checkpoint, net, recipe, pruning, seed, journal):
 def evaluate(net, data=None, batch_size=None):
     """Return (mean cross entropy, accuracy as a fraction) of `net` on the 10,000 test images.
 
-    In float32, with running BatchNorm statistics; the net is left in the modes it was in. Weights
-    are quantized and BatchNorms folded once, where the net allows it (see training.inference).
-    data: a cifar10.CIFAR10 on the net's device, fetched if None. batch_size changes the speed, not
-    the result; None: on a CPU 25 for each thread, whose caches hold that much, else 1000.
+    In float32, on a GPU too, whose convolutions would else round to TF32, and with running
+    BatchNorm statistics; the net is left in the modes it was in. Weights are quantized and
+    BatchNorms folded once, where the net allows it (see training.inference). data: a
+    cifar10.CIFAR10 on the net's device, fetched if None. batch_size changes the speed, not the
+    result; None: on a CPU 25 for each thread, whose caches hold that much, else 1000.
     """
     device = next(net.parameters()).device
     data = get_data(device) if data is None else data
@@ -164,10 +165,11 @@ def evaluate(net, data=None, batch_size=None):
     loss, correct = 0, 0
     try:
         forward = Execution().of(for_evaluation(net.eval()))
-        for images, labels in Batches(data.test_images, data.test_labels, batch_size):
-            logits = forward(images)
-            loss += F.cross_entropy(logits, labels, reduction="sum")
-            correct += (logits.argmax(1) == labels).sum()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for images, labels in Batches(data.test_images, data.test_labels, batch_size):
+                logits = forward(images)
+                loss += F.cross_entropy(logits, labels, reduction="sum")
+                correct += (logits.argmax(1) == labels).sum()
     finally:
         for module, mode in modes.items():
             module.training = mode

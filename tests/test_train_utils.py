@@ -142,6 +142,14 @@ def test_evaluate_changes_neither_mode_nor_state(net, small_cifar, training):
     assert net.training is training and same(net.state_dict(), before)
 
 
+def test_evaluate_does_not_round_to_tf32_on_a_gpu(net, small_cifar):
+    allowed = []
+    net.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cudnn.allow_tf32))
+    before = torch.backends.cudnn.allow_tf32
+    evaluate(net, small_cifar)
+    assert set(allowed) == {False} and torch.backends.cudnn.allow_tf32 == before
+
+
 def test_test_prints_the_line_of_the_homework(net, capsys):
     loss, accuracy = evaluate(net)
     assert train_utils.test(net) == accuracy
