@@ -2,7 +2,7 @@
 # make test     unit tests, and nbval over the notebooks      make check     unit tests alone
 # make notebooks   refresh the stored outputs                 make train     train everything from nothing (RUN=name: one run)
 # make handin   the three files to hand in                    make bench     speed against the assigned pipeline
-# make results  README's table and figure, from the records and from every network as a file
+# make results  README's table, figure and small file, from the records and every network as a file
 # make lint     style, and known flaws of what is installed   make lock      exact versions from requirements.txt
 # make clean    remove what was built; make distclean, trainings, environment and data too
 

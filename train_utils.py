@@ -12,7 +12,7 @@ from pruning import apply_masks, prune_before_epoch, sparsity, weight_masks
 from training.batches import Batches
 from training.checkpoints import atomic_save, load_weights, save_weights
 from training.distillation import Distillation
-from training.execution import Execution
+from training.execution import Execution, exact_convolutions
 from training.inference import fingerprint, for_evaluation
 from training.journal import Journal
 from training.optimizer import make_optimizer
@@ -23,10 +23,10 @@ __all__ = ["train", "finetune", "finetune_after_prune", "test", "evaluate", "fit
 
 
 def train_epoch(net, batches, optimizer, criterion, masks=None, forward=None):
-    """Train `net`, in place, on one pass over `batches`; return (mean loss, accuracy, a fraction).
+    """Train `net`, in place, on one pass over `batches`.
 
     masks: of pruning.weight_masks, kept after each step; forward: maps images to logits, the net if
-    None. Raises ValueError if there is no batch.
+    None. Returns (mean loss, accuracy as a fraction). Raises ValueError if there is no batch.
     """
     device = next(net.parameters()).device
     forward = net if forward is None else forward
@@ -165,7 +165,7 @@ def evaluate(net, data=None, batch_size=None):
     loss, correct = 0, 0
     try:
         forward = Execution().of(for_evaluation(net.eval()))
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with exact_convolutions():
             for images, labels in Batches(data.test_images, data.test_labels, batch_size):
                 logits = forward(images)
                 loss += F.cross_entropy(logits, labels, reduction="sum")

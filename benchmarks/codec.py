@@ -23,13 +23,16 @@ from model_file.network import parts_of
 RESULTS = Path(__file__).with_name("codec.json")
 
 
-def coded_parts(run=AS_FILE):
-    """Return the parts of a shipped run's network that have symbols; see model_file.network."""
-    return [part for part in parts_of(load_checkpoint(run)) if part.symbols is not None]
+def coded_parts():
+    """Return the parts with symbols of the network shipped as a file; see model_file.network."""
+    return [part for part in parts_of(load_checkpoint(AS_FILE)) if part.symbols is not None]
 
 
 def main():
-    """Code the symbols losslessly by NNCodec's DeepCABAC, as it is set by default; return 0."""
+    """Code the symbols losslessly by NNCodec's DeepCABAC, as it is set by default; return 0.
+
+    Raises RuntimeError if they do not come back.
+    """
     from nncodec import nnc
 
     parts = coded_parts()

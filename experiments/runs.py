@@ -19,7 +19,7 @@ class Run:
     quantizer: str = "minmax"  # as assigned; "learned": a trained step for each channel
     pruning: Pruning = Pruning()
     recipe: Recipe = Recipe()  # the default is the assigned one
-    teacher: str | None = None  # run of the float model that is distilled from
+    teacher: str | None = None  # run of a float network that is distilled from
     keep: str = "best"  # which epoch is shipped: "best" on the test set, as assigned, or "last"
     held_out: int = 0  # training images kept for testing in place of the test set
     seed: int = 0  # of initialization, data order and augmentation
@@ -38,10 +38,10 @@ GLOBAL = Pruning("global", 70.0, epochs=10)
 SGD = Recipe(batch_size=128, lr=0.2, schedule="cosine", warmup=0.1, momentum=0.9, nesterov=True,
              weight_decay=5e-4, test_every=5)
 MUON = replace(SGD, optimizer="muon", muon_lr=0.03, lr=0.1)
-FLOAT = replace(MUON, distill=0.7, temperature=4.0)
-FLOAT_ON = replace(FLOAT, muon_lr=0.015, lr=0.05, cutout=16)  # on from what FLOAT has reached
-# Muon's network is the more accurate one, but prunes and rounds badly, so it teaches one of SGD.
-FLOAT_LAST = replace(SGD, batch_size=512, lr=0.8, distill=0.7, temperature=4.0, cutout=16)
+TEACHER = replace(MUON, distill=0.7, temperature=4.0)
+TEACHER_ON = replace(TEACHER, muon_lr=0.015, lr=0.05, cutout=16)  # on from what TEACHER has reached
+# Muon's network is more accurate, but loses more when it is pruned: it is the teacher alone.
+FLOAT = replace(SGD, batch_size=512, lr=0.8, distill=0.7, temperature=4.0, cutout=16)
 
 # The improved runs: as many epochs as assigned, the last one kept.
 IMPROVED = Recipe(batch_size=128, lr=0.05, schedule="cosine", warmup=0.05, momentum=0.9,
@@ -92,12 +92,12 @@ def _improved_runs():
 
 
 # What the parts of a recipe are worth: trained on 45,000 of the training images, tested on the
-# others, from a float model and with a teacher that never saw those either. 20 epochs each.
+# others, from a float model and with a teacher that never saw those either.
 ABLATION = dict(held_out=5000, keep="last")
-FLOAT_PARTS = (  # name, what, recipe, with a teacher
+FLOAT_PARTS = (  # name, what, recipe
     ("sgd", "SGD", SGD),
     ("muon", "Muon on the convolutions but the first", MUON),
-    ("distill", "Muon, distillation at temperature 4", FLOAT),
+    ("distill", "Muon, distillation at temperature 4", TEACHER),
 )
 TWO_BIT_PARTS = (
     ("sgd", "SGD, distillation at temperature 1", IMPROVED),
@@ -112,16 +112,17 @@ def _ablation_runs():
                   recipe=replace(recipe, epochs=20),
                   teacher="ablation_float_muon" if recipe.distill else None, **ABLATION)
     yield Run("ablation_float_again", "float model, 20 epochs: Muon, distilled from the last one",
-              start_from=None, recipe=replace(FLOAT, epochs=20), teacher="ablation_float_distill",
+              start_from=None, recipe=replace(TEACHER, epochs=20), teacher="ablation_float_distill",
               **ABLATION)
     yield Run("ablation_float_on", "float model, 20 epochs on from distillation, at half its rates",
               start_from="ablation_float_distill", teacher="ablation_float_distill",
-              recipe=replace(FLOAT_ON, epochs=20, cutout=0), **ABLATION)
+              recipe=replace(TEACHER_ON, epochs=20, cutout=0), **ABLATION)
     yield Run("ablation_float_on_cutout", "float model, the same with cutout of 16 pixels",
               start_from="ablation_float_distill", teacher="ablation_float_distill",
-              recipe=replace(FLOAT_ON, epochs=20), **ABLATION)
-    yield Run("ablation_float_last", "float model, 20 epochs: SGD, cutout, distilled from that",
-              start_from=None, recipe=replace(FLOAT_LAST, epochs=20),
+              recipe=replace(TEACHER_ON, epochs=20), **ABLATION)
+    yield Run("ablation_float_last",
+              "float model, 20 epochs: SGD, batches of 512, cutout, distilled from that",
+              start_from=None, recipe=replace(FLOAT, epochs=20),
               teacher="ablation_float_on_cutout", **ABLATION)
     for part, what, recipe in TWO_BIT_PARTS:
         yield Run(f"ablation_2bit_{part}", f"2-bit weights, 20 epochs: {what}",
@@ -160,12 +161,12 @@ RUNS = {run.name: run for run in (
     Run("teacher", "the teacher of pretrain_first", start_from=None, keep="last",
         recipe=replace(SGD, epochs=50)),
     Run("pretrain_first", "the float model's teacher after its first training", start_from=None,
-        keep="last", recipe=replace(FLOAT, epochs=100), teacher="teacher"),
+        keep="last", recipe=replace(TEACHER, epochs=100), teacher="teacher"),
     Run("pretrain_second", "the float model's teacher after its second training", keep="last",
         start_from="pretrain_first", teacher="pretrain_first",
-        recipe=replace(FLOAT_ON, epochs=100), seed=10),  # other orders and crops than in the first
+        recipe=replace(TEACHER_ON, epochs=100), seed=10),  # other orders and crops than before
     Run("pretrain", "Lab 2 (a): the float model, from scratch", start_from=None, keep="last",
-        recipe=replace(FLOAT_LAST, epochs=180), teacher="pretrain_second", seed=20),
+        recipe=replace(FLOAT, epochs=180), teacher="pretrain_second", seed=20),
     *_assigned_runs(),
     *_improved_runs(),
     *_earlier_ablation_runs(),

@@ -106,9 +106,9 @@ def test_a_record_that_does_not_fit_is_never_used(pretrained, use, damage, compl
 def test_a_setting_that_is_gone_is_another_config(pretrained):
     path = records.record_path("pretrain")
     record = json.loads(path.read_text())
-    record["config"]["recipe"]["flip"] = "alternating"
+    record["config"]["recipe"]["smoothing"] = 0.1
     path.write_text(json.dumps(record))
-    with pytest.raises(records.RecordError, match=r"'recipe.flip': \('alternating', None\)"):
+    with pytest.raises(records.RecordError, match=r"'recipe.smoothing': \(0.1, None\)"):
         records.read_record("pretrain")
 
 

@@ -10,8 +10,6 @@ from FP_layers import STE, FP_Conv, FP_Linear, Learned
 from pruning import prunable_layers
 from resnet20 import ResNet_Block, ResNetCIFAR
 
-STAGES = (16, 32, 64)
-
 
 def expected_keys():
     """The names in the course's checkpoint, spelled out for ResNet-20."""

@@ -38,7 +38,8 @@ def test_shipped_run_belongs_to_its_definition_and_is_complete(name):
     kept = record[record["config"]["keep"]]
     assert record["test_accuracy"] == pytest.approx(kept["test_accuracy"], abs=5e-4)
     kinds = {key: type(value) for key, value in record["execution"].items()}
-    assert kinds == {"bf16": bool, "compile": bool, "threads": int}
+    threads = type(None) if "NVIDIA" in record["environment"]["device"] else int
+    assert kinds == {"bf16": bool, "compile": bool, "threads": threads}
 
 
 @pytest.mark.parametrize("path", (SHIPPED / "ablation" / "rejected").iterdir(),
@@ -56,7 +57,7 @@ def test_a_part_that_did_not_pay_is_gone_and_its_record_tells_what_it_was(path):
 
 
 @pytest.mark.parametrize("field", ["start_from", "teacher"])
-@pytest.mark.parametrize("name", [name for name in NAMES if get(name).start_from])
+@pytest.mark.parametrize("name", [name for name in NAMES if get(name).parents])
 def test_shipped_run_started_from_and_learned_from_what_is_shipped(name, field):
     record, parent = read_record(name), getattr(get(name), field)
     expected = None if parent is None else read_record(parent)["weights_sha256"]

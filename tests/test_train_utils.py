@@ -142,12 +142,25 @@ def test_evaluate_changes_neither_mode_nor_state(net, small_cifar, training):
     assert net.training is training and same(net.state_dict(), before)
 
 
-def test_evaluate_does_not_round_to_tf32_on_a_gpu(net, small_cifar):
-    allowed = []
-    net.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cudnn.allow_tf32))
-    before = torch.backends.cudnn.allow_tf32
+@pytest.fixture
+def cudnn():
+    """PyTorch's settings of cuDNN, put back in the end."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
+    yield cudnn
+    cudnn.conv.fp32_precision, cudnn.deterministic = before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="since PyTorch 2.9")
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_evaluate_rounds_nothing_to_tf32_and_leaves_cudnn_as_it_was(
+    net, small_cifar, cudnn, precision
+):
+    cudnn.conv.fp32_precision, cudnn.deterministic, seen = precision, True, set()
+    net.register_forward_pre_hook(
+        lambda *_: seen.add((cudnn.conv.fp32_precision, cudnn.deterministic)))
     evaluate(net, small_cifar)
-    assert set(allowed) == {False} and torch.backends.cudnn.allow_tf32 == before
+    assert seen == {("ieee", True)} and cudnn.conv.fp32_precision == precision
 
 
 def test_test_prints_the_line_of_the_homework(net, capsys):

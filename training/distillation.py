@@ -25,8 +25,8 @@ class Distillation:
     def __init__(self, teacher, weight, temperature=1.0):
         check(FRACTION, weight=weight)
         if bool(weight) != (teacher is not None):
-            raise ValueError("weight must be above 0 with a teacher and 0 without one, "
-                             f"got {weight!r} and teacher={type(teacher).__name__}")
+            raise ValueError("weight, a recipe's distill, must be above 0 with a teacher and 0 "
+                             f"without one, got {weight!r} and teacher={type(teacher).__name__}")
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
 
     def taught(self, batches):

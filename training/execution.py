@@ -17,7 +17,8 @@ from arguments import COUNT, check
 from FP_layers import FP_Conv
 from training.batches import Batches
 
-__all__ = ["Execution", "fastest", "seconds_a_step", "has_bf16", "bf16_is_right", "has_compiler"]
+__all__ = ["Execution", "fastest", "seconds_a_step", "has_bf16", "bf16_is_right", "has_compiler",
+           "exact_convolutions"]
 
 MARGIN = 1.1  # how many times faster a candidate must be, so that noise does not flip the choice
 LONG = 1000  # steps from which on a run gains more than the choice and a compilation cost
@@ -27,7 +28,8 @@ LONG = 1000  # steps from which on a run gains more than the choice and a compil
 class Execution:
     """How a net is computed: bf16, under bfloat16 autocast; compile, by torch.compile; threads.
 
-    Weights stay float32. threads: of a CPU, as many as PyTorch would take if None; they decide in
+    Weights stay float32. Without bf16 a GPU's convolutions may round to TF32, as PyTorch is set;
+    see exact_convolutions. threads: of a CPU, as many as PyTorch would take if None; they decide in
     which order sums are taken, and with it the last bits.
     """
 
@@ -56,6 +58,24 @@ class Execution:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+@contextmanager
+def exact_convolutions():
+    """A context in which a GPU's float32 convolutions do not round to TF32."""
+    cudnn = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # since PyTorch 2.9, where the two ways to set it must not be mixed
+        place, name, rounded, exact = cudnn.conv, "fp32_precision", "tf32", "ieee"
+    else:
+        place, name, rounded, exact = cudnn, "allow_tf32", True, False
+    before = getattr(place, name)
+    try:
+        if before == rounded:
+            setattr(place, name, exact)
+        yield
+    finally:
+        if before == rounded:
+            setattr(place, name, before)
 
 
 class _CompiledForOneSize:

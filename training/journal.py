@@ -65,9 +65,10 @@ class Journal:
             if (step + 1) % self.log_every_n == 0:
                 self.bar.update(self.log_every_n)
 
-    def epoch_done(self, epoch, entry, may_be_best=True):
-        """Keep the net and `entry` as the last whole epoch, and as the best one, if tested and it.
+    def epoch_done(self, epoch, entry, may_be_best):
+        """Keep the net and `entry` as the last whole epoch.
 
+        may_be_best: also as the best one, if it was tested and no epoch before was as accurate.
         Raises FloatingPointError if the loss or a weight is NaN or infinite; nothing is kept then.
         """
         if not (math.isfinite(entry["train_loss"]) and _is_finite(self.net)):
