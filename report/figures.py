@@ -210,8 +210,8 @@ def plot_frontier(points, ax, baseline=None, published=()):
     best = [(points[name][0], 100 * points[name][1]) for name in names]
     ax.plot(*zip(*best), label="frontier", **style(1))
     for name in names:
-        ax.annotate(name, (points[name][0], 100 * points[name][1]), (-5, 4), fontsize=6,
-                    ha="right", textcoords="offset points")
+        ax.annotate(name, (points[name][0], 100 * points[name][1]), (-5, 3), fontsize=6, ha="right",
+                    rotation=-40, rotation_mode="anchor", textcoords="offset points")
     for i, name in enumerate(published):
         size, accuracy = published[name]
         ax.plot([size], [100 * accuracy], label=name, color=COLORS[2], linestyle="none",
