@@ -29,18 +29,22 @@ RESULTS = Path(__file__).with_name("throughput.json")
 BATCH_SIZE = 256  # the assigned one
 SECTION = "<!-- speed: written by `make bench` -->", "<!-- end of speed -->"  # of README.md
 NAMES = {"assigned": "assigned", "float32": "ours, float32", "bfloat16": "ours, bfloat16",
-         "compiled": "ours, compiled", "ours": "ours"}
+         "compiled": "ours, compiled", "graph": "ours, as a CUDA graph", "ours": "ours"}
 
 
 # ---------------------------------------------------------------- what is measured
 
 
 def candidates(device, eager=False):
-    """Return {name: Execution} of our ways to train on `device`; with eager=True uncompiled ones.
+    """Return {name: Execution} of our ways to train on `device`, those that `fastest` tries.
+
+    eager: the uncompiled ones.
     """
     bf16 = has_bf16(device) and bf16_is_right(ResNetCIFAR(20).to(device))
     ways = {"float32": Execution()} | ({"bfloat16": Execution(bf16=True)} if bf16 else {})
-    if has_compiler(device) and not eager:
+    if device.type == "cuda":
+        ways["graph"] = Execution(bf16=bf16, graph=True)
+    elif has_compiler() and not eager:
         ways["compiled"] = Execution(bf16=bf16, compile=True)
     return ways
 

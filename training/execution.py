@@ -26,7 +26,8 @@ LONG = 1000  # steps from which on a run gains more than the choice and a compil
 
 @dataclass(frozen=True)
 class Execution:
-    """How a net is computed: bf16, under bfloat16 autocast; compile, by torch.compile; threads.
+    """How a net is computed: bf16, under bfloat16 autocast; compile, by torch.compile; graph, on a
+    GPU, its kernels launched as one CUDA graph; threads.
 
     Weights stay float32. Without bf16 a GPU's convolutions may round to TF32, as PyTorch is set;
     see exact_convolutions. threads: of a CPU, as many as PyTorch would take if None; they decide in
@@ -35,6 +36,7 @@ class Execution:
 
     bf16: bool = False
     compile: bool = False
+    graph: bool = False
     threads: int | None = None
 
     def of(self, net):
@@ -44,10 +46,12 @@ class Execution:
 
         def forward(images):
             images = images.to(dtype, memory_format=torch.channels_last)
-            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.bf16,
+                                cache_enabled=False):  # no weight is used twice
                 return run(images).float()
 
-        return forward
+        on_gpu = next((p.is_cuda for p in net.parameters()), False)
+        return _GraphedForOneSize(net, forward) if self.graph and on_gpu else forward
 
     @contextmanager
     def in_its_threads(self):
@@ -93,6 +97,40 @@ class _CompiledForOneSize:
         return self.compiled(x) if len(x) == self.size else self.net(x)
 
 
+class _GraphedForOneSize:
+    """`forward` of `net` as a CUDA graph for batches of the size that comes first.
+
+    A GPU computes a small net's kernels faster than Python launches them one by one. Another size,
+    and a net in another mode, it computes without a graph.
+    """
+
+    def __init__(self, net, forward):
+        self.net, self.forward, self.captured = net, forward, None
+
+    def __call__(self, images):
+        kind = len(images), self.net.training
+        if self.captured is None:
+            self.captured = kind
+            buffers = [(buffer, buffer.clone()) for buffer in self.net.buffers()]
+            module = _Module(self.net, self.forward)
+            self.graphed = torch.cuda.make_graphed_callables(module, (images.clone(),))
+            for buffer, before in buffers:  # the warm-up has moved BatchNorm's statistics
+                buffer.copy_(before)
+        return (self.graphed if kind == self.captured else self.forward)(images)
+
+
+class _Module(nn.Module):
+    """`forward` as a module with the parameters of `net`, which make_graphed_callables wants."""
+
+    def __init__(self, net, forward):
+        super().__init__()
+        self.net, self.compute = net, forward
+        self.training = net.training
+
+    def forward(self, images):
+        return self.compute(images)
+
+
 def fastest(net, batch_size, steps=math.inf):
     """Return the Execution in which `net` trains fastest on its device, from a few steps of each.
 
@@ -112,7 +150,9 @@ def fastest(net, batch_size, steps=math.inf):
 
     if has_bf16(device) and bf16_is_right(net):
         chosen, seconds = tried(chosen, seconds, Execution(bf16=True))
-    if has_compiler(device):
+    if device.type == "cuda":
+        chosen, seconds = tried(chosen, seconds, replace(chosen, graph=True))
+    elif has_compiler():
         try:
             chosen, seconds = tried(chosen, seconds, replace(chosen, compile=True))
         except Exception as error:  # what a compiler raises is of many kinds: no headers, no linker
@@ -120,9 +160,9 @@ def fastest(net, batch_size, steps=math.inf):
     return chosen
 
 
-def has_compiler(device):
-    """Return whether to try torch.compile on `device`: on a CPU, if there is a C++ compiler."""
-    return device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+def has_compiler():
+    """Return whether there is a C++ compiler, which torch.compile needs on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def seconds_a_step(net, batch_size, how=Execution(), steps=4):
