@@ -42,6 +42,7 @@ TEACHER = replace(MUON, distill=0.7, temperature=4.0)
 TEACHER_ON = replace(TEACHER, muon_lr=0.015, lr=0.05, cutout=16)  # on from what TEACHER has reached
 # Muon's network is more accurate, but loses more when it is pruned: it is the teacher alone.
 FLOAT = replace(SGD, batch_size=512, lr=0.8, distill=0.7, temperature=4.0, cutout=16)
+FLOAT_ON = replace(FLOAT, lr=0.2, weight_decay=1e-4, cutout=0)  # on from what FLOAT has reached
 
 # The improved runs: as many epochs as assigned, the last one kept.
 IMPROVED = Recipe(batch_size=128, lr=0.05, schedule="cosine", warmup=0.05, momentum=0.9,
@@ -84,7 +85,7 @@ def _improved_runs():
                   quantizer="learned",
                   **improved)
     parent = "lab3d_2bit_improved"
-    for q in (80, 84, 87):  # for the smallest files: each prunes the last one further, at once
+    for q in (80, 84, 85, 86):  # for the smallest files: each prunes the last one further, at once
         yield Run(f"lab3d_2bit_{q}", f"{q} % pruned and 2-bit weights, improved",
                   start_from=parent, Nbits=2, symmetric=True, quantizer="learned",
                   pruning=Pruning("global", float(q)), **improved)
@@ -165,8 +166,10 @@ RUNS = {run.name: run for run in (
     Run("pretrain_second", "the float model's teacher after its second training", keep="last",
         start_from="pretrain_first", teacher="pretrain_first",
         recipe=replace(TEACHER_ON, epochs=100), seed=10),  # other orders and crops than before
-    Run("pretrain", "Lab 2 (a): the float model, from scratch", start_from=None, keep="last",
-        recipe=replace(FLOAT, epochs=180), teacher="pretrain_second", seed=20),
+    Run("pretrain_cutout", "the float model after its first training, with cutout", keep="last",
+        start_from=None, teacher="pretrain_second", recipe=replace(FLOAT, epochs=180), seed=20),
+    Run("pretrain", "Lab 2 (a): the float model", keep="last", start_from="pretrain_cutout",
+        teacher="pretrain_second", recipe=replace(FLOAT_ON, epochs=100), seed=30),
     *_assigned_runs(),
     *_improved_runs(),
     *_earlier_ablation_runs(),
