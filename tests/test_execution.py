@@ -6,6 +6,7 @@ import copy
 import sys
 import time
 from subprocess import SubprocessError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,44 @@ def test_only_the_size_of_the_first_batch_is_compiled(net, small_cifar, monkeypa
     assert same(net.state_dict(), plain.state_dict())
 
 
+def test_a_graph_is_of_the_first_size_and_mode_alone(net, small_cifar, monkeypatch):
+    """Captured once, after a warm-up that leaves no trace in the BatchNorms."""
+    captured, replayed = [], []
+
+    def capture(module, sample):
+        assert len(list(module.parameters())) == len(list(net.parameters()))
+        captured.append([module(*sample) for _ in range(3)])
+        return lambda x: (replayed.append(len(x)), module(x))[1]
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    monkeypatch.setattr(nn.Parameter, "is_cuda", True)
+    x, plain = normalize(small_cifar.train_images[:64]), copy.deepcopy(net)
+    forward = Execution(graph=True).of(net)
+    for net_, how in ((net, forward), (plain, FLOAT.of(plain))):
+        for images, training in ((x, True), (x[:20], True), (x, True), (x, False)):
+            logits = how(images) if net_.train(training) else None
+            logits.sum().backward()
+    assert len(captured) == 1 and replayed == [64, 64]
+    assert same(net.state_dict(), plain.state_dict())
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(net.parameters(), plain.parameters()))
+
+
+def test_on_a_cpu_there_is_no_graph(net, small_cifar):
+    x = normalize(small_cifar.test_images[:16])
+    assert torch.equal(Execution(graph=True).of(net.eval())(x), FLOAT.of(net)(x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_graph_trains_the_same_net(net, small_cifar, bf16):
+    data, nets = small_cifar.to("cuda"), [copy.deepcopy(net).cuda() for _ in range(2)]
+    recipe = Recipe(epochs=2, batch_size=100, distill=0.5, test_every=2)
+    for one, graph in zip(nets, (False, True)):
+        fit(one, recipe, data, teacher=make_net().cuda(), execution=Execution(bf16, graph=graph))
+    states = [net.state_dict() for net in nets]
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-4)
+
+
 def test_an_evaluation_is_in_float32_however_the_net_is_trained(net, small_cifar, monkeypatch):
     """The record of a run has to hold on every machine."""
     seen, tested = [], nn.functional.conv2d
@@ -95,7 +134,7 @@ def timed(monkeypatch):
         calls = []
         monkeypatch.setattr(execution, "has_bf16", lambda device: bf16)
         monkeypatch.setattr(execution, "bf16_is_right", lambda net: right)
-        monkeypatch.setattr(execution, "has_compiler", lambda device: compiler)
+        monkeypatch.setattr(execution, "has_compiler", lambda: compiler)
         monkeypatch.setattr(execution, "seconds_a_step",
                             lambda net, size, how: calls.append(how) or seconds[how])
         return calls
@@ -165,17 +204,24 @@ def test_a_compilation_that_fails_is_left_out(net, timed, monkeypatch):
 
 
 def test_a_cpu_without_a_compiler_does_not_compile(monkeypatch, tmp_path):
-    cpu = torch.device("cpu")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not has_compiler(cpu)
-    assert has_compiler(torch.device("cuda"))
+    assert not has_compiler()
     monkeypatch.setenv("CXX", sys.executable)
-    assert has_compiler(cpu)
+    assert has_compiler()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not has_compiler(cpu)
+    assert not has_compiler()
     (tmp_path / "g++").touch(mode=0o755)
-    assert has_compiler(cpu)
+    assert has_compiler()
+
+
+@pytest.mark.parametrize("took, expected", [
+    (0.40, Execution(bf16=True, graph=True)), (0.46, BF16)], ids=str)
+def test_on_a_gpu_a_graph_is_tried_and_nothing_is_compiled(timed, took, expected):
+    calls = timed({FLOAT: 1.0, BF16: 0.5, Execution(bf16=True, graph=True): took})
+    net = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    assert fastest(net, 64) == expected
+    assert calls == [FLOAT, BF16, Execution(bf16=True, graph=True)]
 
 
 def test_bfloat16_is_for_hardware_that_multiplies_it(monkeypatch):
@@ -323,7 +369,7 @@ def test_convolutions_of_torch_are_looked_at_too_and_no_others(
 def test_wrong_bfloat16_is_not_timed(net, monkeypatch):
     calls = []
     monkeypatch.setattr(execution, "has_bf16", lambda device: True)
-    monkeypatch.setattr(execution, "has_compiler", lambda device: False)
+    monkeypatch.setattr(execution, "has_compiler", lambda: False)
     monkeypatch.setattr(execution, "seconds_a_step",
                         lambda net, size, how: calls.append(how) or 1 - 0.5 * how.bf16)
     assert fastest(net, 64) == BF16

@@ -68,21 +68,27 @@ def test_the_assigned_runs_have_the_assigned_recipe(name):
 
 
 def test_the_float_model_is_made_from_nothing_and_ships_its_last_epoch():
-    """Its teacher was trained twice; the second time it learned from what the first time left."""
+    """Its teacher was trained twice; the second time it learned from what the first time left. The
+    float model is trained twice, too, from the same teacher.
+    """
     chain = {"teacher": (None, None), "pretrain_first": (None, "teacher"),
              "pretrain_second": ("pretrain_first", "pretrain_first"),
-             "pretrain": (None, "pretrain_second")}
+             "pretrain_cutout": (None, "pretrain_second"),
+             "pretrain": ("pretrain_cutout", "pretrain_second")}
     for name, origin in chain.items():
         run = get(name)
         assert (run.start_from, run.teacher) == origin
         assert (run.Nbits, run.pruning.method, run.keep, run.held_out) == (None, None, "last", 0)
         assert bool(run.recipe.distill) == (run.teacher is not None)
-    seeds = [get(name).seed for name in ("pretrain_first", "pretrain_second", "pretrain")]
-    assert len(set(seeds)) == 3  # other orders and crops
+    seeds = [get(name).seed for name in chain]
+    assert len(set(seeds)) == len(seeds)  # other orders and crops
+    assert different(config("pretrain"), config("pretrain_cutout")) == {
+        "name", "question", "start_from", "seed", "recipe.epochs", "recipe.lr", "recipe.cutout",
+        "recipe.weight_decay"}
 
 
 def test_the_smallest_files_prune_further_step_by_step():
-    names = ["lab3d_2bit_improved", *(f"lab3d_2bit_{q}" for q in (80, 84, 87))]
+    names = ["lab3d_2bit_improved", *(f"lab3d_2bit_{q}" for q in (80, 84, 85, 86))]
     for parent, name in zip(names, names[1:]):
         pruning = Pruning("global", float(name.rpartition("_")[2]))
         assert config(name) == config(parent) | {
@@ -113,7 +119,7 @@ def test_every_reference_has_its_run():
 
 
 def test_an_unknown_run_is_refused_with_the_names_there_are():
-    names = "teacher, pretrain_first, pretrain_second, pretrain, .*"
+    names = "teacher, pretrain_first, pretrain_second, pretrain_cutout, pretrain, .*"
     with pytest.raises(ValueError, match=f"name must be one of {names}got 'lab2f'"):
         get("lab2f")
 
@@ -251,7 +257,7 @@ def test_the_later_trainings_of_the_ablation_are_those_of_the_float_model_and_it
     named = {"name", "question"}
     assert different(config(cutout), config(on)) == named | {"recipe.cutout"}
     for part, run, others in ((cutout, "pretrain_second", {"start_from"}),
-                              (last, "pretrain", set())):
+                              (last, "pretrain_cutout", set())):
         assert different(config(part), config(run)) == named | others | {
             "held_out", "recipe.epochs", "teacher", "seed"}
     assert different(config(again), config("pretrain_first")) == named | {

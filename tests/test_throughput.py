@@ -121,11 +121,17 @@ def test_what_the_hardware_cannot_do_or_does_wrong_is_not_timed(
 ):
     monkeypatch.setattr(throughput, "has_bf16", lambda device: bf16)
     monkeypatch.setattr(throughput, "bf16_is_right", lambda net: right)
-    monkeypatch.setattr(throughput, "has_compiler", lambda device: compiler)
+    monkeypatch.setattr(throughput, "has_compiler", lambda: compiler)
     cpu = torch.device("cpu")
     assert throughput.candidates(cpu) == expected
     uncompiled = {name: way for name, way in expected.items() if not way.compile}
     assert throughput.candidates(cpu, eager=True) == uncompiled
+
+
+def test_on_a_gpu_a_graph_is_timed(monkeypatch):
+    monkeypatch.setattr(throughput, "has_bf16", lambda device: False)
+    expected = {"float32": Execution(), "graph": Execution(graph=True)}
+    assert throughput.candidates(torch.device("cuda")) == expected
 
 
 def test_both_pipelines_train_the_same_net(net, small_cifar):
