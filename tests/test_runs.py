@@ -80,7 +80,7 @@ def test_the_float_model_is_made_from_nothing_and_ships_its_last_epoch():
         assert (run.start_from, run.teacher) == origin
         assert (run.Nbits, run.pruning.method, run.keep, run.held_out) == (None, None, "last", 0)
         assert bool(run.recipe.distill) == (run.teacher is not None)
-    seeds = [get(name).seed for name in chain]
+    seeds = [get(name).seed for name in list(chain)[1:]]
     assert len(set(seeds)) == len(seeds)  # other orders and crops
     assert different(config("pretrain"), config("pretrain_cutout")) == {
         "name", "question", "start_from", "seed", "recipe.epochs", "recipe.lr", "recipe.cutout",
