@@ -135,8 +135,9 @@ def fastest(net, batch_size, steps=math.inf):
     """Return the Execution in which `net` trains fastest on its device, from a few steps of each.
 
     For fewer than LONG steps that is float32, uncompiled, without a trial. bfloat16 is tried where
-    the hardware multiplies it and its convolutions are right (see bf16_is_right), compilation where
-    there is a compiler and it works. What takes more is taken only if it is MARGIN times faster.
+    the hardware multiplies it and its convolutions are right (see bf16_is_right); then, on a GPU, a
+    CUDA graph, else compilation where there is a compiler. What takes more is taken only if it is
+    MARGIN times faster, and what fails is left out, with a warning.
     """
     chosen = Execution()
     if steps < LONG:
@@ -150,13 +151,14 @@ def fastest(net, batch_size, steps=math.inf):
 
     if has_bf16(device) and bf16_is_right(net):
         chosen, seconds = tried(chosen, seconds, Execution(bf16=True))
-    if device.type == "cuda":
-        chosen, seconds = tried(chosen, seconds, replace(chosen, graph=True))
-    elif has_compiler():
+    on_gpu = device.type == "cuda"
+    if on_gpu or has_compiler():
+        way, more = (("a CUDA graph", {"graph": True}) if on_gpu
+                     else ("torch.compile", {"compile": True}))
         try:
-            chosen, seconds = tried(chosen, seconds, replace(chosen, compile=True))
-        except Exception as error:  # what a compiler raises is of many kinds: no headers, no linker
-            warnings.warn(f"torch.compile fails and is left out: {error!r:.300}", stacklevel=2)
+            chosen, seconds = tried(chosen, seconds, replace(chosen, **more))
+        except Exception as error:  # of many kinds: no headers, no linker, no memory
+            warnings.warn(f"{way} fails and is left out: {error!r:.300}", stacklevel=2)
     return chosen
 
 
