@@ -34,14 +34,17 @@ def accuracies(name, which, folder=SHIPPED):
     return [record[which]["test_accuracy"] for record in records if record is not None]
 
 
-def shown(values):
-    """Return accuracies as text in %: their mean and, of several, deviation and number of seeds."""
+def shown(values, unit=""):
+    """Return accuracies as text in %: their mean and, of several, deviation and number of seeds.
+
+    unit: what follows the numbers; none in a table, whose header says it.
+    """
     if not values:
         return NOT_YET
     mean = f"{100 * statistics.mean(values):.2f}"
     if len(values) == 1:
-        return mean
-    return f"{mean} ± {100 * statistics.stdev(values):.2f} ({len(values)} seeds)"
+        return mean + unit
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}{unit} ({len(values)} seeds)"
 
 
 def rows(names=tuple(REFERENCE)):

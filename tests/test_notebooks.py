@@ -121,8 +121,7 @@ def test_each_question_of_the_labs_is_answered_in_numbers_before_its_code():
         assert not sources or answers[0] < sources[0], cells[start].source
         shown_code = [i for i, c in enumerate(question)
                       if not {"remove-cell", "remove-input"} & set(tags(c))]
-        if "The float model" not in cells[start].source:  # whose answer blocks 2 and 3 give
-            assert not shown_code or answers[0] < shown_code[0], cells[start].source
+        assert not shown_code or answers[0] < shown_code[0], cells[start].source
 
 
 def test_verdicts_come_first_with_a_number_each():

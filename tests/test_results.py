@@ -132,7 +132,9 @@ def test_seeds_are_averaged(monkeypatch, tmp_path):
     found = results.accuracies("lab3c_3bit", "last", tmp_path)
     assert found == [0.90, 0.91, 0.92]
     assert results.shown(found) == "91.00 ± 1.00 (3 seeds)"
-    assert results.shown(found[:1]) == "90.00" and results.shown([]) == results.NOT_YET
+    assert results.shown(found, " %") == "91.00 ± 1.00 % (3 seeds)"
+    assert results.shown(found[:1]) == "90.00" and results.shown(found[:1], " %") == "90.00 %"
+    assert results.shown([]) == results.NOT_YET
 
 
 def test_a_row_has_best_and_last_and_what_the_improved_run_reached(monkeypatch):
