@@ -304,10 +304,10 @@ def test_the_fastest_execution_is_taken_for_all_steps_and_recorded(tiny_runs, mo
     record = run.train_run("pretrain")
     assert [(batch_size, steps) for _, batch_size, steps in asked] == [(32, 4)]
     threads = torch.get_num_threads()
-    assert record["execution"] == {"bf16": True, "compile": False, "threads": threads}
+    assert record["execution"] == vars(Execution(bf16=True, threads=threads))
     fastest_is(FLOAT32, monkeypatch)
     other = run.train_run("pretrain")
-    assert other["execution"] == {"bf16": False, "compile": False, "threads": threads}
+    assert other["execution"] == vars(Execution(threads=threads))
     assert other["weights_sha256"] != record["weights_sha256"]
 
 
