@@ -1,6 +1,7 @@
 """Files are written whole or not at all."""
 
 import errno
+import json
 import os
 import tempfile
 from contextlib import contextmanager
@@ -33,6 +34,12 @@ def atomic_write(path):
             temporary.unlink(missing_ok=True)
         except OSError:
             pass  # the error that led here is the one to report
+
+
+def write_json(path, value):
+    """Write plain data as JSON to `path`, whole or not at all. Raises as atomic_write does."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 def check_writable(path):

@@ -7,7 +7,6 @@ NNCodec is compiled when it is installed, and nothing else here needs it.
 """
 
 import importlib.metadata
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from benchmarks.sizes import AS_FILE
 from experiments.run import load_checkpoint
-from files import atomic_write
+from files import write_json
 from model_file.container import symbol_bytes
 from model_file.network import parts_of
 
@@ -45,8 +44,7 @@ def main():
         raise RuntimeError("NNCodec must give the symbols back")
     results = {"run": AS_FILE, "NNCodec": importlib.metadata.version("nncodec"),
                "bytes": len(coded), "ours": len(symbol_bytes(parts, "context"))}
-    with atomic_write(RESULTS) as file:
-        file.write((json.dumps(results, indent=1) + "\n").encode())
+    write_json(RESULTS, results)
     print(results)
     return 0
 

@@ -5,7 +5,6 @@ float32 and in bfloat16, and tests both on the other 5,000.
 """
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import replace
@@ -16,7 +15,7 @@ import torch
 import train_utils
 from cifar10 import hold_out
 from experiments.runs import SGD
-from files import atomic_write, replace_section
+from files import replace_section, write_json
 from resnet20 import ResNetCIFAR
 from training.execution import Execution, bf16_is_right, has_bf16
 from training.journal import Journal
@@ -61,8 +60,7 @@ def main(arguments=None):
     error = math.sqrt((a * (1 - a) + b * (1 - b)) / options.held_out)  # of the difference
     results = found | {"epochs": options.epochs, "held_out": options.held_out,
                        "standard_error": error}
-    with atomic_write(options.out) as file:
-        file.write((json.dumps(results, indent=1) + "\n").encode())
+    write_json(options.out, results)
     print(sentence(results))
     if options.write:
         replace_section(options.write, *SECTION, sentence(results))

@@ -21,7 +21,7 @@ import cifar10
 import train_utils
 from benchmarks.timing import AssignedProcess, Clock, Pipeline, compared, now
 from experiments.records import weights_path
-from files import atomic_write, replace_section
+from files import replace_section, write_json
 from resnet20 import ResNetCIFAR
 from training.execution import Execution, bf16_is_right, has_bf16, has_compiler
 
@@ -188,8 +188,7 @@ def _measured(options):
         options.eager = True
         data = cifar10.CIFAR10(*(tensor[:200] for tensor in data))
     results = measure(data, options)
-    with atomic_write(options.out) as file:
-        file.write((json.dumps(results, indent=1) + "\n").encode())
+    write_json(options.out, results)
     return results
 
 

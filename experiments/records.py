@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from experiments.runs import Run, get
-from files import atomic_write
+from files import write_json
 
 __all__ = ["RecordError", "SHIPPED", "RETRAINED", "weights_path", "record_path", "read_record",
            "write_record", "sha256", "not_trained", "config_of"]
@@ -99,8 +99,7 @@ def read_record(name, folder=None):
 
 def write_record(record, folder=None):
     """Write a run's record, whole or not at all."""
-    with atomic_write(record_path(record["name"], folder)) as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
+    write_json(record_path(record["name"], folder), record)
 
 
 def not_trained(name):
