@@ -197,7 +197,8 @@ def frontier(points):
 
 
 def plot_frontier(points, ax, baseline=None, published=()):
-    """Draw accuracy in % against bytes, on a log axis, the frontier joined and named; returns ax.
+    """Draw accuracy in % against bytes, on a log axis, the frontier joined, and numbered in a key
+    of its names; returns ax.
 
     points: {name: (bytes, fraction)}; baseline: the float model's accuracy, a fraction; published:
     a dict as points, of what others report.
@@ -209,9 +210,11 @@ def plot_frontier(points, ax, baseline=None, published=()):
                 color="0.6", marker="x", linestyle="none", markersize=5)
     best = [(points[name][0], 100 * points[name][1]) for name in names]
     ax.plot(*zip(*best), label="frontier", **style(1))
-    for name in names:
-        ax.annotate(name, (points[name][0], 100 * points[name][1]), (-5, 3), fontsize=6, ha="right",
-                    rotation=-40, rotation_mode="anchor", textcoords="offset points")
+    for number, point in enumerate(best, 1):
+        ax.annotate(str(number), point, (-2, 5), fontsize=7, ha="center",
+                    textcoords="offset points")
+    ax.text(0.98, 0.03, "\n".join(f"{number}  {name}" for number, name in enumerate(names, 1)),
+            fontsize=7, ha="right", va="bottom", multialignment="left", transform=ax.transAxes)
     for i, name in enumerate(published):
         size, accuracy = published[name]
         ax.plot([size], [100 * accuracy], label=name, color=COLORS[2], linestyle="none",

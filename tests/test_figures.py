@@ -117,7 +117,10 @@ def test_the_frontier_is_what_no_other_point_beats_in_both(ax):
     assert list(frontier.get_xdata()) == [2000, 3000, 5000]
     assert list(frontier.get_ydata()) == pytest.approx([85, 90, 95])
     assert set(baseline.get_ydata()) == {93} and ax.get_xscale() == "log"
-    assert {text.get_text() for text in ax.texts} == {"a", "b", "e"}
+    *numbers, key = ax.texts
+    assert [(text.get_text(), *text.xy) for text in numbers] == [
+        ("1", 2000, 85), ("2", 3000, 90), ("3", 5000, 95)]
+    assert key.get_text() == "1  b\n2  a\n3  e"
 
 
 def test_what_others_report_is_a_point_of_its_own(ax):
