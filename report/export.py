@@ -27,11 +27,13 @@ __all__ = ["DOCUMENTS", "ReportError", "export", "typeset"]
 MISSING = re.compile(r'the text `"(.+?)"` could not be displayed')
 ROOT = Path(__file__).resolve().parents[1]
 STYLE = Path(__file__).with_name("style.typ")
-DOCUMENTS = {  # file: (title, notebooks); one that has a cell tagged "further" is split there
+# file: (title, notebooks, what the cover's table says: points and results, or pages alone); a
+# notebook that has a cell tagged "further" is split there
+DOCUMENTS = {
     "report.pdf": ("Homework 4: Pruning and Fixed-point Quantization",
-                   ("true_false.ipynb", "lab1_sparse_linear.ipynb", "hw4.ipynb")),
+                   ("true_false.ipynb", "lab1_sparse_linear.ipynb", "hw4.ipynb"), "results"),
     "further.pdf": ("Homework 4, further: Experiments",
-                    ("true_false.ipynb", "going_further.ipynb")),
+                    ("true_false.ipynb", "going_further.ipynb"), "pages"),
 }
 
 
@@ -135,14 +137,14 @@ def typeset(document, source, student="", netid="", date=None):
     student, netid: for the cover and the PDF's author, "" leaves a line to write on. date: aware
     datetime, None: now. Raises ReportError for a notebook or a cell that cannot be taken over.
     """
-    title, notebooks = DOCUMENTS[document]
+    title, notebooks, cover = DOCUMENTS[document]
     pieces, figures, date = [], [], date or datetime.now(timezone.utc)
     for path in (Path(source) / name for name in notebooks):
         pieces.append(Piece("typst", "#pagebreak(weak: true)", str(path)))
         for number, cell in part_of(read_cells(path), document):
             pieces += pieces_of(cell, f"{path}, cell {number}", figures, path.parent)
-    inputs = {"title": title, "student": clean(student).strip(), "netid": clean(netid).strip(),
-              "date": f"date = {date:%Y-%m-%d}"}
+    inputs = {"title": title, "cover": cover, "student": clean(student).strip(),
+              "netid": clean(netid).strip(), "date": f"date = {date:%Y-%m-%d}"}
     options = {"sys_inputs": inputs, "timestamp": int(date.timestamp())}
     try:
         return _compile(pieces, figures, options)

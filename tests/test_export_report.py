@@ -660,10 +660,13 @@ def test_results_are_what_answers_say_in_short(read):
 def test_what_follows_the_tag_further_goes_into_the_other_document(write, tmp_path):
     cells = [new_markdown_cell("# 1 True/False\n\nverdicts"),
              tagged(new_markdown_cell("# Experiments"), "further"), new_markdown_cell("measured")]
-    folder, texts = write(cells), {}
+    folder, texts, covers = write(cells), {}, []
     for document in DOCUMENTS:
         export(document, folder, tmp_path / document)
-        texts[document] = flat(text_of(PdfReader(tmp_path / document)))
+        reader = PdfReader(tmp_path / document)
+        texts[document] = flat(text_of(reader))
+        covers.append((reader.outline[0].title, "Points" in reader.pages[0].extract_text()))
+    assert covers == [("Results", True), ("Contents", False)]
     assert "verdicts" in texts["report.pdf"] and "measured" not in texts["report.pdf"]
     assert "measured" in texts["further.pdf"] and "verdicts" not in texts["further.pdf"]
     assert part_of(cells, "report.pdf") == [(1, cells[0])]
