@@ -4,6 +4,7 @@ from numbers import Integral
 
 import torch.nn as nn
 
+from arguments import COUNT, check
 from FP_layers import FP_Conv, FP_Linear, MinMax, check_n_bits
 
 __all__ = ["ResNet_Block", "ResNetCIFAR"]
@@ -53,16 +54,18 @@ class ResNetCIFAR(nn.Module):
     """ResNet for CIFAR-10: (N, 3, 32, 32) normalized pixels to (N, 10) logits.
 
     num_layers is 6n + 2 (20 gives 272,474 parameters): a 3x3 convolution, three stages of n blocks
-    with 16, 32 and 64 channels, global average pooling and a linear layer. Nbits, symmetric and
-    quantizer (see FP_layers.FP_Conv) apply to the stages, their 1x1 projections included; the first
-    convolution and the last layer always stay float.
+    with `width`, 2 * width and 4 * width channels, global average pooling and a linear layer.
+    Nbits, symmetric and quantizer (see FP_layers.FP_Conv) apply to the stages, their 1x1
+    projections included; the first convolution and the last layer always stay float.
 
-    Raises ValueError if num_layers is not 6n + 2 with n >= 1, and as FP_layers.FP_Conv does.
+    Raises ValueError if num_layers is not 6n + 2 with n >= 1 or width not a positive integer, and
+    as FP_layers.FP_Conv does.
     Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
     """
 
-    def __init__(self, num_layers=20, Nbits=None, symmetric=False, quantizer=MinMax):
+    def __init__(self, num_layers=20, Nbits=None, symmetric=False, quantizer=MinMax, width=16):
         super().__init__()
+        check(COUNT, width=width)
         if not isinstance(num_layers, Integral) or num_layers not in range(8, 10_000, 6):
             raise ValueError(
                 f"num_layers must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {num_layers!r}"
@@ -72,12 +75,12 @@ class ResNetCIFAR(nn.Module):
         self.symmetric = bool(symmetric)
 
         self.head_conv = nn.Sequential(
-            FP_Conv(3, 16, kernel_size=3, stride=1, padding=1, bias=False, Nbits=None),
-            nn.BatchNorm2d(16),
+            FP_Conv(3, width, kernel_size=3, stride=1, padding=1, bias=False, Nbits=None),
+            nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
         )
-        blocks, in_chs = [], 16
-        for stage, out_chs in enumerate((16, 32, 64)):
+        blocks, in_chs = [], width
+        for stage, out_chs in enumerate((width, 2 * width, 4 * width)):
             for block in range((num_layers - 2) // 6):
                 strides = 2 if stage > 0 and block == 0 else 1
                 blocks.append(
@@ -86,7 +89,7 @@ class ResNetCIFAR(nn.Module):
                 in_chs = out_chs
         self.body_op = nn.Sequential(*blocks)
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
-        self.final_fc = FP_Linear(64, 10, Nbits=None)
+        self.final_fc = FP_Linear(4 * width, 10, Nbits=None)
 
     def forward(self, x):
         return self.final_fc(self.avg_pool(self.body_op(self.head_conv(x))).flatten(1))

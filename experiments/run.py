@@ -34,7 +34,7 @@ def build(name, device=None):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
-        net = ResNetCIFAR(20, run.Nbits, run.symmetric, QUANTIZERS[run.quantizer])
+        net = ResNetCIFAR(20, run.Nbits, run.symmetric, QUANTIZERS[run.quantizer], run.width)
         return net.to(device)
 
 

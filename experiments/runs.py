@@ -16,6 +16,7 @@ class Run:
     start_from: str | None = "pretrain"  # run whose weights it starts from; None: random ones
     Nbits: int | None = None  # bits per weight in the residual stages; None: float32
     symmetric: bool = False  # levels symmetric around zero
+    width: int = 16  # channels of the first stage
     quantizer: str = "minmax"  # as assigned; "learned": a trained step for each channel
     pruning: Pruning = Pruning()
     recipe: Recipe = Recipe()  # the default is the assigned one
@@ -42,6 +43,8 @@ TEACHER = replace(MUON, distill=0.7, temperature=4.0)
 TEACHER_ON = replace(TEACHER, muon_lr=0.015, lr=0.05, cutout=16)  # on from what TEACHER has reached
 # Muon's network is more accurate, but loses more when it is pruned: it is the teacher alone.
 FLOAT = replace(SGD, batch_size=512, lr=0.8, distill=0.7, temperature=4.0, cutout=16)
+WIDE = replace(SGD, batch_size=512, lr=0.8, cutout=16)
+DISTILLED = replace(SGD, batch_size=256, distill=0.7, temperature=4.0)
 FLOAT_ON = replace(FLOAT, lr=0.2, weight_decay=1e-4, cutout=0)  # on from what FLOAT has reached
 
 # The improved runs: as many epochs as assigned, the last one kept.
@@ -131,6 +134,18 @@ def _ablation_runs():
                   recipe=recipe, teacher="ablation_float_last", **ABLATION)
 
 
+def _teacher_runs():
+    yield Run("ablation_teacher", "float model twice as wide, 20 epochs", start_from=None, width=32,
+              recipe=replace(WIDE, epochs=20), **ABLATION)
+    recipe = replace(DISTILLED, epochs=20)
+    yield Run("ablation_float_alone", "float model, 20 epochs: no teacher", start_from=None,
+              recipe=replace(recipe, distill=0.0), **ABLATION)
+    yield Run("ablation_float_same", "float model, 20 epochs: distilled from that", start_from=None,
+              recipe=recipe, teacher="ablation_float_alone", **ABLATION)
+    yield Run("ablation_float_wide", "float model, 20 epochs: distilled from one twice as wide",
+              start_from=None, recipe=recipe, teacher="ablation_teacher", **ABLATION)
+
+
 def _earlier_ablation_runs():
     """The improved recipe, part by part: 4 epochs each, or 20 where a name says long."""
     rate = replace(IMPROVED, distill=0.0)
@@ -159,21 +174,15 @@ def _earlier_ablation_runs():
 
 
 RUNS = {run.name: run for run in (
-    Run("teacher", "the teacher of pretrain_first", start_from=None, keep="last",
-        recipe=replace(SGD, epochs=50)),
-    Run("pretrain_first", "the float model's teacher after its first training", start_from=None,
-        keep="last", recipe=replace(TEACHER, epochs=100), teacher="teacher"),
-    Run("pretrain_second", "the float model's teacher after its second training", keep="last",
-        start_from="pretrain_first", teacher="pretrain_first",
-        recipe=replace(TEACHER_ON, epochs=100), seed=10),  # other orders and crops than before
-    Run("pretrain_cutout", "the float model after its first training, with cutout", keep="last",
-        start_from=None, teacher="pretrain_second", recipe=replace(FLOAT, epochs=180), seed=20),
-    Run("pretrain", "Lab 2 (a): the float model", keep="last", start_from="pretrain_cutout",
-        teacher="pretrain_second", recipe=replace(FLOAT_ON, epochs=100), seed=30),
+    Run("teacher", "the teacher of the float model, twice as wide", start_from=None, width=32,
+        recipe=replace(WIDE, epochs=60), keep="last"),
+    Run("pretrain", "Lab 2 (a): the float model", start_from=None, teacher="teacher",
+        recipe=replace(DISTILLED, epochs=200), keep="last"),
     *_assigned_runs(),
     *_improved_runs(),
     *_earlier_ablation_runs(),
     *_ablation_runs(),
+    *_teacher_runs(),
     # Not assigned: for a reader who sets Nbits in hw4.ipynb to a width of Lab 3 (b) without a run.
     *(Run(f"lab3c_{n}bit", f"Lab 3 (c): {n}-bit weights", Nbits=n) for n in (6, 5)),
 )}
