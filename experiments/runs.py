@@ -88,7 +88,7 @@ def _improved_runs():
                   quantizer="learned",
                   **improved)
     parent = "lab3d_2bit_improved"
-    for q in (80, 84, 85, 86):  # for the smallest files: each prunes the last one further, at once
+    for q in (80, 84, 86):  # for the smallest files: each prunes the last one further, at once
         yield Run(f"lab3d_2bit_{q}", f"{q} % pruned and 2-bit weights, improved",
                   start_from=parent, Nbits=2, symmetric=True, quantizer="learned",
                   pruning=Pruning("global", float(q)), **improved)
@@ -175,7 +175,7 @@ def _earlier_ablation_runs():
 
 RUNS = {run.name: run for run in (
     Run("teacher", "the teacher of the float model, twice as wide", start_from=None, width=32,
-        recipe=replace(WIDE, epochs=60), keep="last"),
+        recipe=replace(WIDE, epochs=80), keep="last"),
     Run("pretrain", "Lab 2 (a): the float model", start_from=None, teacher="teacher",
         recipe=replace(DISTILLED, epochs=200), keep="last"),
     *_assigned_runs(),
