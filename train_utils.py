@@ -15,7 +15,6 @@ from training.distillation import Distillation
 from training.execution import Execution, exact_convolutions
 from training.inference import fingerprint, for_evaluation
 from training.journal import Journal
-from training.optimizer import make_optimizer
 from training.recipe import Pruning, Recipe
 
 __all__ = ["train", "finetune", "finetune_after_prune", "test", "evaluate", "fit", "train_epoch",
@@ -76,7 +75,7 @@ def fit(net, recipe, data=None, *, pruning=Pruning(), teacher=None, seed=0,
     data = get_data(next(net.parameters()).device) if data is None else data
     journal = Journal() if journal is None else journal
     net.to(memory_format=torch.channels_last)
-    optimizer, forward = make_optimizer(net, recipe), execution.of(net)
+    optimizer, forward = _optimizer(net, recipe), execution.of(net)
     taught = None if teacher is None else execution.of(for_evaluation(teacher.eval()))
     criterion = Distillation(taught, recipe.distill, recipe.temperature)
     steps = -(-len(data.train_images) // recipe.batch_size)
@@ -94,6 +93,12 @@ def fit(net, recipe, data=None, *, pruning=Pruning(), teacher=None, seed=0,
                 entry["sparsity"] = sparsity(net)
             journal.epoch_done(epoch, entry, may_be_best=epoch >= pruning.last_epoch)
     return journal.history, journal.best["state"]
+
+
+def _optimizer(net, recipe):
+    on_gpu = next(net.parameters()).is_cuda
+    return torch.optim.SGD(net.parameters(), recipe.lr, recipe.momentum, nesterov=recipe.nesterov,
+                           weight_decay=recipe.weight_decay, fused=on_gpu or None)
 
 
 # ---------------------------------------------------------------- the homework's entry points

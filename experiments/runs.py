@@ -35,17 +35,11 @@ ONE_SHOT = Pruning("layer", 70.0)
 ITERATIVE = Pruning("layer", 70.0, epochs=10)
 GLOBAL = Pruning("global", 70.0, epochs=10)
 
-# The float model and its teachers.
+# The float model, and its teacher of twice the width.
 SGD = Recipe(batch_size=128, lr=0.2, schedule="cosine", warmup=0.1, momentum=0.9, nesterov=True,
              weight_decay=5e-4, test_every=5)
-MUON = replace(SGD, optimizer="muon", muon_lr=0.03, lr=0.1)
-TEACHER = replace(MUON, distill=0.7, temperature=4.0)
-TEACHER_ON = replace(TEACHER, muon_lr=0.015, lr=0.05, cutout=16)  # on from what TEACHER has reached
-# Muon's network is more accurate, but loses more when it is pruned: it is the teacher alone.
-FLOAT = replace(SGD, batch_size=512, lr=0.8, distill=0.7, temperature=4.0, cutout=16)
-WIDE = replace(SGD, batch_size=512, lr=0.8, cutout=16)
-DISTILLED = replace(SGD, batch_size=256, distill=0.7, temperature=4.0)
-FLOAT_ON = replace(FLOAT, lr=0.2, weight_decay=1e-4, cutout=0)  # on from what FLOAT has reached
+TEACHER = replace(SGD, batch_size=512, lr=0.8, cutout=16)
+FLOAT = replace(SGD, batch_size=256, distill=0.7, temperature=4.0)
 
 # The improved runs: as many epochs as assigned, the last one kept.
 IMPROVED = Recipe(batch_size=128, lr=0.05, schedule="cosine", warmup=0.05, momentum=0.9,
@@ -98,55 +92,22 @@ def _improved_runs():
 # What the parts of a recipe are worth: trained on 45,000 of the training images, tested on the
 # others, from a float model and with a teacher that never saw those either.
 ABLATION = dict(held_out=5000, keep="last")
-FLOAT_PARTS = (  # name, what, recipe
-    ("sgd", "SGD", SGD),
-    ("muon", "Muon on the convolutions but the first", MUON),
-    ("distill", "Muon, distillation at temperature 4", TEACHER),
-)
-TWO_BIT_PARTS = (
-    ("sgd", "SGD, distillation at temperature 1", IMPROVED),
-    ("muon", "Muon, distillation at temperature 1",
-     replace(IMPROVED, optimizer="muon", muon_lr=0.002)),
-)
 
 
-def _ablation_runs():
-    for part, what, recipe in FLOAT_PARTS:
-        yield Run(f"ablation_float_{part}", f"float model, 20 epochs: {what}", start_from=None,
-                  recipe=replace(recipe, epochs=20),
-                  teacher="ablation_float_muon" if recipe.distill else None, **ABLATION)
-    yield Run("ablation_float_again", "float model, 20 epochs: Muon, distilled from the last one",
-              start_from=None, recipe=replace(TEACHER, epochs=20), teacher="ablation_float_distill",
-              **ABLATION)
-    yield Run("ablation_float_on", "float model, 20 epochs on from distillation, at half its rates",
-              start_from="ablation_float_distill", teacher="ablation_float_distill",
-              recipe=replace(TEACHER_ON, epochs=20, cutout=0), **ABLATION)
-    yield Run("ablation_float_on_cutout", "float model, the same with cutout of 16 pixels",
-              start_from="ablation_float_distill", teacher="ablation_float_distill",
-              recipe=replace(TEACHER_ON, epochs=20), **ABLATION)
-    yield Run("ablation_float_last",
-              "float model, 20 epochs: SGD, batches of 512, cutout, distilled from that",
-              start_from=None, recipe=replace(FLOAT, epochs=20),
-              teacher="ablation_float_on_cutout", **ABLATION)
-    for part, what, recipe in TWO_BIT_PARTS:
-        yield Run(f"ablation_2bit_{part}", f"2-bit weights, 20 epochs: {what}",
-                  start_from="ablation_float_last", Nbits=2, quantizer="learned",
-                  recipe=recipe, teacher="ablation_float_last", **ABLATION)
-
-
-def _teacher_runs():
-    yield Run("ablation_teacher", "float model twice as wide, 20 epochs", start_from=None, width=32,
-              recipe=replace(WIDE, epochs=20), **ABLATION)
-    recipe = replace(DISTILLED, epochs=20)
-    yield Run("ablation_float_alone", "float model, 20 epochs: no teacher", start_from=None,
-              recipe=replace(recipe, distill=0.0), **ABLATION)
-    yield Run("ablation_float_same", "float model, 20 epochs: distilled from that", start_from=None,
-              recipe=recipe, teacher="ablation_float_alone", **ABLATION)
+def _float_ablation_runs():
+    nothing = dict(start_from=None, **ABLATION)
+    float_recipe = replace(FLOAT, epochs=20)
+    yield Run("ablation_teacher", "the teacher, twice as wide, 20 epochs", width=32,
+              recipe=replace(TEACHER, epochs=20), **nothing)
+    yield Run("ablation_float_alone", "float model, 20 epochs: no teacher",
+              recipe=replace(float_recipe, distill=0.0), **nothing)
+    yield Run("ablation_float_same", "float model, 20 epochs: distilled from the row above",
+              recipe=float_recipe, teacher="ablation_float_alone", **nothing)
     yield Run("ablation_float_wide", "float model, 20 epochs: distilled from one twice as wide",
-              start_from=None, recipe=recipe, teacher="ablation_teacher", **ABLATION)
+              recipe=float_recipe, teacher="ablation_teacher", **nothing)
 
 
-def _earlier_ablation_runs():
+def _improved_ablation_runs():
     """The improved recipe, part by part: 4 epochs each, or 20 where a name says long."""
     rate = replace(IMPROVED, distill=0.0)
     short, long = "ablation_float", "ablation_long_float"
@@ -175,14 +136,13 @@ def _earlier_ablation_runs():
 
 RUNS = {run.name: run for run in (
     Run("teacher", "the teacher of the float model, twice as wide", start_from=None, width=32,
-        recipe=replace(WIDE, epochs=80), keep="last"),
+        recipe=replace(TEACHER, epochs=80), keep="last"),
     Run("pretrain", "Lab 2 (a): the float model", start_from=None, teacher="teacher",
-        recipe=replace(DISTILLED, epochs=200), keep="last"),
+        recipe=replace(FLOAT, epochs=200), keep="last"),
     *_assigned_runs(),
     *_improved_runs(),
-    *_earlier_ablation_runs(),
-    *_ablation_runs(),
-    *_teacher_runs(),
+    *_float_ablation_runs(),
+    *_improved_ablation_runs(),
     # Not assigned: for a reader who sets Nbits in hw4.ipynb to a width of Lab 3 (b) without a run.
     *(Run(f"lab3c_{n}bit", f"Lab 3 (c): {n}-bit weights", Nbits=n) for n in (6, 5)),
 )}

@@ -49,7 +49,7 @@ no_bits = st.one_of(
     no_integer.filter(lambda value: value is not None), st.integers(max_value=-1), st.integers(17)
 )
 # Hypothesis tries strings of the source too
-ALLOWED = {"constant", "step", "cosine", "sgd", "muon", "layer", "global"}
+ALLOWED = {"constant", "step", "cosine", "layer", "global"}
 words = st.text(max_size=8).filter(lambda word: word not in ALLOWED)
 no_word = st.one_of(words, st.integers(), st.booleans(), st.just(["step"]))
 no_bool = st.one_of(st.none(), st.integers(), st.floats(), words)
@@ -67,7 +67,6 @@ RECIPE = {
     "test_every": (no_count, "a positive integer"),
     "cutout": (no_natural, "an integer >= 0"),
     "lr": (no_rate, "a finite number >= 0"),
-    "muon_lr": (no_rate, "a finite number >= 0"),
     "weight_decay": (no_rate, "a finite number >= 0"),
     "temperature": (no_rate | st.just(0), "a finite number above 0"),
     "momentum": (no_decay, "a number from 0 to below 1"),
@@ -75,7 +74,6 @@ RECIPE = {
     "distill": (no_fraction, "a number from 0 to 1"),
     "nesterov": (no_bool, "True or False"),
     "schedule": (no_word, "'constant', 'step' or 'cosine'"),
-    "optimizer": (no_word, "'sgd' or 'muon'"),
 }
 PRUNING = {
     "method": (no_word, "None, 'layer' or 'global'"),

@@ -27,8 +27,7 @@ from training.recipe import Pruning, Recipe
 # Everything that has a state of its own, or depends on the epoch.
 RECIPE = Recipe(
     epochs=3, batch_size=64, lr=0.05, weight_decay=1e-3, momentum=0.9, nesterov=True,
-    schedule="cosine", warmup=0.2, optimizer="muon", muon_lr=0.02, cutout=8,
-    distill=0.3, temperature=2.0,
+    schedule="cosine", warmup=0.2, cutout=8, distill=0.3, temperature=2.0,
 )
 PLAIN = Recipe(epochs=3, batch_size=64, lr=0.05, weight_decay=1e-3, momentum=0.9, nesterov=True,
                schedule="cosine", warmup=0.2)

@@ -187,7 +187,7 @@ def no_export(net):
 @pytest.mark.parametrize("checkpoint, out, message", [
     (RUN, "there", "there is there already: remove it, or choose another name"),
     (RUN, "file/net.onnx", "cannot write"),
-    ("lab9", "net.onnx", "name must be one of teacher, pretrain_first"),
+    ("lab9", "net.onnx", "name must be one of teacher, pretrain, lab2c"),
     ("lab3c_5bit", "net.onnx", "no checkpoint at"),
     ("nothing.pt", "net.onnx", "no checkpoint at nothing.pt"),
 ])

@@ -945,8 +945,8 @@ def test_bits_that_are_given_go_before_those_of_the_run(tmp_path):
 @pytest.mark.parametrize(
     "checkpoint, message",
     [
-        ("lab3c_5bits", "must be one of teacher, pretrain_first"),
-        ("lab3c_4bit@0", "must be one of teacher, pretrain_first"),
+        ("lab3c_5bits", "must be one of teacher, pretrain, lab2c"),
+        ("lab3c_4bit@0", "must be one of teacher, pretrain, lab2c"),
         ("nothing/lab9.pt", "no checkpoint at nothing/lab9.pt"),
         ("nothing/lab3c_4bit.pt", "no checkpoint at"),
     ],

@@ -40,9 +40,8 @@ def test_the_defaults_are_the_assigned_fine_tuning():
     """From the assignment, not from the code: 20 epochs of SGD at a constant rate."""
     recipe, pruning = Recipe(), Pruning()
     assert dataclasses.asdict(recipe) == dict(
-        epochs=20, batch_size=256, optimizer="sgd", lr=0.002, muon_lr=0.0, schedule="constant",
-        warmup=0.0, momentum=0.875, nesterov=False, weight_decay=1e-4, cutout=0,
-        distill=0.0, temperature=1.0, test_every=1)
+        epochs=20, batch_size=256, lr=0.002, schedule="constant", warmup=0.0, momentum=0.875,
+        nesterov=False, weight_decay=1e-4, cutout=0, distill=0.0, temperature=1.0, test_every=1)
     assert Recipe(nesterov=True).nesterov and not Recipe(nesterov=False).nesterov
     assert recipe.rate(0.0) == recipe.rate(1.0) == 1
     assert [pruning.percentage(epoch) for epoch in (1, 2)] == [None, None] and pruning.holds(1)
@@ -60,11 +59,9 @@ def test_the_defaults_are_the_assigned_fine_tuning():
         ("lr", -0.1),
         ("lr", math.nan),
         ("lr", "fast"),
-        ("muon_lr", -0.1),
         ("weight_decay", -1e-4),
         ("weight_decay", math.inf),
         ("schedule", "linear"),
-        ("optimizer", "adam"),
         ("momentum", -1),
         ("nesterov", 1),
         ("warmup", 1.5),
@@ -86,12 +83,10 @@ def test_a_bad_field_is_refused_by_name(argument, value):
         dataclasses.replace(Recipe(), **{argument: value})
 
 
-def test_muon_needs_a_rate_and_a_percentage_a_method():
-    with pytest.raises(ValueError, match="^muon_lr must be a finite number above 0, got 0.0"):
-        Recipe(optimizer="muon")
+def test_a_percentage_needs_a_method():
     with pytest.raises(ValueError, match="^method must be 'layer' or 'global', got None"):
         Pruning(q=70.0)
-    assert Recipe(optimizer="muon", muon_lr=0.01) and Pruning("layer", 70.0)
+    assert Pruning("layer", 70.0)
 
 
 @pytest.mark.parametrize("argument, value", [

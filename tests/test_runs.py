@@ -21,7 +21,6 @@ ASSIGNED = dict(
 ASSIGNED_RECIPE = dict(
     epochs=20,
     batch_size=256,
-    optimizer="sgd",
     lr=0.002,
     schedule="constant",
     warmup=0.0,
@@ -67,28 +66,17 @@ def test_the_assigned_runs_have_the_assigned_recipe(name):
     assert {key: found["pruning"][key] for key in pruning} == pruning
 
 
-def test_the_float_model_is_made_from_nothing_and_ships_its_last_epoch():
-    """Its teacher was trained twice; the second time it learned from what the first time left. The
-    float model is trained twice, too, from the same teacher.
-    """
-    chain = {"teacher": (None, None), "pretrain_first": (None, "teacher"),
-             "pretrain_second": ("pretrain_first", "pretrain_first"),
-             "pretrain_cutout": (None, "pretrain_second"),
-             "pretrain": ("pretrain_cutout", "pretrain_second")}
-    for name, origin in chain.items():
+def test_the_float_model_and_its_teacher_are_made_from_nothing_and_ship_their_last_epoch():
+    for name, origin in {"teacher": (None, None, 32), "pretrain": (None, "teacher", 16)}.items():
         run = get(name)
-        assert (run.start_from, run.teacher) == origin
+        assert (run.start_from, run.teacher, run.width) == origin
         assert (run.Nbits, run.pruning.method, run.keep, run.held_out) == (None, None, "last", 0)
         assert bool(run.recipe.distill) == (run.teacher is not None)
-    seeds = [get(name).seed for name in list(chain)[1:]]
-    assert len(set(seeds)) == len(seeds)  # other orders and crops
-    assert different(config("pretrain"), config("pretrain_cutout")) == {
-        "name", "question", "start_from", "seed", "recipe.epochs", "recipe.lr", "recipe.cutout",
-        "recipe.weight_decay"}
+    assert {run.width for name, run in RUNS.items() if "teacher" not in name} == {16}
 
 
 def test_the_smallest_files_prune_further_step_by_step():
-    names = ["lab3d_2bit_improved", *(f"lab3d_2bit_{q}" for q in (80, 84, 85, 86))]
+    names = ["lab3d_2bit_improved", *(f"lab3d_2bit_{q}" for q in (80, 84, 86))]
     for parent, name in zip(names, names[1:]):
         pruning = Pruning("global", float(name.rpartition("_")[2]))
         assert config(name) == config(parent) | {
@@ -119,7 +107,7 @@ def test_every_reference_has_its_run():
 
 
 def test_an_unknown_run_is_refused_with_the_names_there_are():
-    names = "teacher, pretrain_first, pretrain_second, pretrain_cutout, pretrain, .*"
+    names = "teacher, pretrain, lab2c_oneshot, .*"
     with pytest.raises(ValueError, match=f"name must be one of {names}got 'lab2f'"):
         get("lab2f")
 
@@ -166,7 +154,7 @@ def test_other_runs_prune_once_or_not_at_all(name, expected, wide_net):
 # ---------------------------------------------------------------- seeds
 
 
-@pytest.mark.parametrize("name", ["lab3d_2bit", "pretrain", "ablation_float_distill"])
+@pytest.mark.parametrize("name", ["lab3d_2bit", "pretrain", "ablation_float_same"])
 def test_a_seed_changes_nothing_else(name):
     """Its parents are those of the run itself, so that seeds differ in the fine-tuning alone."""
     other = {"name": f"{name}@2", "seed": RUNS[name].seed + 2}
@@ -201,18 +189,17 @@ def test_improved_runs_have_one_recipe_and_one_teacher():
 
 
 ABLATION = [name for name in RUNS if name.startswith("ablation_")]
-MUON = {"recipe.optimizer", "recipe.muon_lr"}
 
 
-def test_the_ablation_takes_one_part_at_a_time():
-    parts = {  # what differs from the run that has none of them
-        "ablation_float_distill": {"recipe.distill", "recipe.temperature", "teacher"},
-        "ablation_float_sgd": MUON | {"recipe.lr"},
-        "ablation_2bit_sgd": MUON,
-    }
-    for name, part in parts.items():
-        base = "ablation_float_muon" if "float" in name else "ablation_2bit_muon"
-        assert different(config(name), config(base)) - {"name", "question"} == part
+def test_the_float_ablation_takes_one_part_at_a_time():
+    alone, same, wide = (config(f"ablation_float_{part}") for part in ("alone", "same", "wide"))
+    named = {"name", "question"}
+    assert different(same, alone) == named | {"recipe.distill", "teacher"}
+    assert different(wide, same) == named | {"teacher"}
+    assert (same["teacher"], wide["teacher"]) == ("ablation_float_alone", "ablation_teacher")
+    shorter = named | {"held_out", "recipe.epochs"}
+    assert different(wide, config("pretrain")) == shorter | {"teacher"}
+    assert different(config("ablation_teacher"), config("teacher")) == shorter
 
 
 @pytest.mark.parametrize("with_it, without, improved", [
@@ -244,25 +231,6 @@ def test_the_short_ablation_leads_to_the_long_one(name, base, part):
 def test_the_short_ablation_begins_with_the_assigned_recipe(kind):
     assert get(f"ablation_{kind}_assigned").recipe == dataclasses.replace(
         get(f"lab{'3c_2bit' if kind == '2bit' else '2e_global'}").recipe, epochs=4)
-
-
-def test_the_base_of_the_2_bit_ablation_is_the_improved_recipe():
-    assert different(config("ablation_2bit_sgd"), config("lab3c_2bit_improved")) == {
-        "name", "question", "held_out", "start_from", "teacher"}
-
-
-def test_the_later_trainings_of_the_ablation_are_those_of_the_float_model_and_its_teacher():
-    parts = ("on", "on_cutout", "again", "last")
-    on, cutout, again, last = (f"ablation_float_{part}" for part in parts)
-    named = {"name", "question"}
-    assert different(config(cutout), config(on)) == named | {"recipe.cutout"}
-    for part, run, others in ((cutout, "pretrain_second", {"start_from"}),
-                              (last, "pretrain_cutout", set())):
-        assert different(config(part), config(run)) == named | others | {
-            "held_out", "recipe.epochs", "teacher", "seed"}
-    assert different(config(again), config("pretrain_first")) == named | {
-        "held_out", "teacher", "recipe.epochs"}
-    assert {config(name)["teacher"] for name in (on, cutout, again)} == {"ablation_float_distill"}
 
 
 def test_nothing_in_the_ablation_has_seen_the_images_that_it_is_tested_on():

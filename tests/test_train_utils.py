@@ -27,7 +27,6 @@ from train_utils import train_epoch
 from training import batches as training_batches
 from training.batches import Batches, normalize
 from training.distillation import Distillation
-from training.optimizer import make_optimizer
 from training.recipe import Pruning, Recipe
 
 pytestmark = pytest.mark.usefixtures("in_small_world")
@@ -275,21 +274,39 @@ def epochs_seen(monkeypatch):
     batches, rates = [], []
 
     def watched(net, of_epoch, optimizer, *_):
+        group, = optimizer.param_groups
         for batch in of_epoch:
             batches.append(batch)
-            rates.append([group["lr"] for group in optimizer.param_groups])
+            rates.append(group["lr"])
         return 1.0, 0.1
 
     monkeypatch.setattr(train_utils, "train_epoch", watched)
     return batches, rates
 
 
-def test_each_step_has_its_rate_in_each_group(epochs_seen, net, small_cifar):
-    recipe = Recipe(epochs=2, batch_size=25, optimizer="muon", lr=0.1, muon_lr=0.02,
-                    schedule="cosine", warmup=0.4)  # 64 images: three steps an epoch
+def test_each_step_has_its_rate(epochs_seen, net, small_cifar):
+    # 64 images: three steps an epoch
+    recipe = Recipe(epochs=2, batch_size=25, lr=0.1, schedule="cosine", warmup=0.4)
     fit(net, recipe, small_cifar)
-    rates = [recipe.rate(i / 6) for i in range(6)]
-    assert epochs_seen[1] == [pytest.approx([0.1 * rate, 0.02 * rate]) for rate in rates]
+    assert epochs_seen[1] == pytest.approx([0.1 * recipe.rate(i / 6) for i in range(6)])
+
+
+def test_the_optimizer_is_sgd_on_everything_as_the_recipe_says(monkeypatch, net, small_cifar):
+    seen = []
+
+    def watched(net, batches, optimizer, *_):
+        seen.append(optimizer)
+        return 1.0, 0.1
+
+    monkeypatch.setattr(train_utils, "train_epoch", watched)
+    recipe = Recipe(epochs=1, lr=0.3, momentum=0.7, nesterov=True, weight_decay=0.02)
+    fit(net, recipe, small_cifar)
+    (optimizer,) = seen
+    group, = optimizer.param_groups
+    assert type(optimizer) is torch.optim.SGD
+    assert [id(p) for p in group["params"]] == [id(p) for p in net.parameters()]
+    assert [group[name] for name in ("lr", "momentum", "nesterov", "weight_decay")
+            ] == [0.3, 0.7, True, 0.02]
 
 
 def test_each_epoch_has_the_batches_of_its_seed_and_number(epochs_seen, net, small_cifar):
@@ -461,7 +478,7 @@ def test_divergence_in_a_later_epoch_keeps_the_epoch_before(monkeypatch, net):
 # ---------------------------------------------------------------- nothing waits for a GPU
 
 
-IMPROVED = dict(optimizer="muon", muon_lr=0.02, cutout=8)
+IMPROVED = dict(cutout=8, nesterov=True)
 
 
 @pytest.mark.parametrize("arguments, options", [
@@ -514,7 +531,7 @@ def test_nothing_in_an_epoch_waits_for_a_gpu(monkeypatch, arguments, options):
             )
         criterion = Distillation(teacher, 0.5, 2.0)
         batches = criterion.taught(Batches(images, labels, 64, augment=True, cutout=recipe.cutout))
-        optimizer, masks = make_optimizer(net, recipe), weight_masks(net)
+        optimizer, masks = train_utils._optimizer(net, recipe), weight_masks(net)
         for group in optimizer.param_groups:
             group["fused"] = False  # that kernel does not know fake tensors
         with pytest.raises(fake_tensor.DataDependentOutputException):

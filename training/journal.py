@@ -60,7 +60,7 @@ class Journal:
         for step, batch in enumerate(batches):
             rate = self.recipe.rate((epoch - 1 + step / self.steps) / self.recipe.epochs)
             for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate
+                group["lr"] = self.recipe.lr * rate
             yield batch
             if (step + 1) % self.log_every_n == 0:
                 self.bar.update(self.log_every_n)

@@ -15,14 +15,12 @@ class Recipe:
 
     epochs: int = 20
     batch_size: int = 256  # images a step
-    optimizer: str = "sgd"  # "muon": the convolutions but the first by Muon, the rest by SGD
-    lr: float = 0.002  # peak rate of SGD
-    muon_lr: float = 0.0  # peak rate of Muon
+    lr: float = 0.002  # peak rate
     schedule: str = "constant"  # "step": a tenth from 50 %, a hundredth from 75 %; "cosine": to 0
-    warmup: float = 0.0  # fraction of all steps in which the rates rise from 0
-    momentum: float = 0.875  # of SGD; Muon has its own
-    nesterov: bool = False  # of SGD
-    weight_decay: float = 1e-4  # a step, on all that SGD trains
+    warmup: float = 0.0  # fraction of all steps in which the rate rises from 0
+    momentum: float = 0.875
+    nesterov: bool = False
+    weight_decay: float = 1e-4  # on all parameters
     cutout: int = 0  # pixels; side of the square that is blanked in each training image
     distill: float = 0.0  # weight of the teacher beside the labels
     temperature: float = 1.0  # of the teacher's softmax and the student's
@@ -31,15 +29,12 @@ class Recipe:
     def __post_init__(self):
         check(COUNT, epochs=self.epochs, batch_size=self.batch_size, test_every=self.test_every)
         check(NATURAL, cutout=self.cutout)
-        check(RATE, lr=self.lr, muon_lr=self.muon_lr, weight_decay=self.weight_decay)
+        check(RATE, lr=self.lr, weight_decay=self.weight_decay)
         check(BELOW_ONE, momentum=self.momentum, warmup=self.warmup)
         check(FRACTION, distill=self.distill)
         check(POSITIVE, temperature=self.temperature)
         check((True, False), nesterov=self.nesterov)
-        check(("sgd", "muon"), optimizer=self.optimizer)
         check(("constant", "step", "cosine"), schedule=self.schedule)
-        if self.optimizer == "muon":
-            check(POSITIVE, muon_lr=self.muon_lr)
 
     def rate(self, progress):
         """Return the rate as a fraction of its peak at `progress`, the fraction of steps done."""
