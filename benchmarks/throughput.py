@@ -25,9 +25,12 @@ from files import replace_section, write_json
 from resnet20 import ResNetCIFAR
 from training.execution import Execution, bf16_is_right, has_bf16, has_compiler
 
-RESULTS = Path(__file__).with_name("throughput.json")
+RESULTS = {"cpu": Path(__file__).with_name("throughput.json"),
+           "cuda": Path(__file__).with_name("throughput_gpu.json")}
 BATCH_SIZE = 256  # the assigned one
-SECTION = "<!-- speed: written by `make bench` -->", "<!-- end of speed -->"  # of README.md
+SECTIONS = {  # of README.md
+    "cpu": ("<!-- speed: written by `make bench` -->", "<!-- end of speed -->"),
+    "cuda": ("<!-- speed of a GPU: written by `make bench` -->", "<!-- end of speed of a GPU -->")}
 NAMES = {"assigned": "assigned", "float32": "ours, float32", "bfloat16": "ours, bfloat16",
          "compiled": "ours, compiled", "graph": "ours, as a CUDA graph", "ours": "ours"}
 
@@ -150,10 +153,12 @@ def markdown(results):
 def main(arguments=None):
     """Command line; returns the exit status."""
     options = _parser().parse_args(arguments)
+    kind = torch.device(options.device).type
+    options.out = options.out or RESULTS[kind]
     results = json.loads(options.out.read_text()) if options.show else _measured(options)
     print(markdown(results))
     if options.write:
-        replace_section(options.write, *SECTION, markdown(results))
+        replace_section(options.write, *SECTIONS[kind], markdown(results))
     return 0
 
 
@@ -170,7 +175,7 @@ def _parser():
                         help="processes of the DataLoader")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it run at all?")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="JSON file; of the device, beside this, if none")
     parser.add_argument("--show", action="store_true",
                         help="print the tables of what was measured before")
     parser.add_argument("--write", metavar="FILE",

@@ -214,14 +214,16 @@ def test_quick_measures_everything_and_shows_what_it_wrote(
     assert results["epoch_seconds"].keys() == {"assigned", *ways}
     assert f"{results['evaluation']['ours']['ratio']['median']:.2f} (" in printed
     readme = tmp_path / "README.md"
-    readme.write_text("before\n" + "\nold\n".join(throughput.SECTION) + "\nafter\n")
-    assert throughput.main(["--show", "--out", str(out), "--write", str(readme)]) == 0
+    readme.write_text("before\n" + "\nold\n".join(throughput.SECTIONS["cpu"]) + "\nafter\n")
+    assert throughput.main(
+        ["--show", "--device", "cpu", "--out", str(out), "--write", str(readme)]) == 0
     assert capsys.readouterr().out == printed
-    begin, end = throughput.SECTION
+    begin, end = throughput.SECTIONS["cpu"]
     assert readme.read_text() == f"before\n{begin}\n\n{printed}\n{end}\nafter\n"
 
 
-def test_the_readme_shows_what_was_measured():
-    begin, end = throughput.SECTION
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_readme_shows_what_was_measured(kind):
+    begin, end = throughput.SECTIONS[kind]
     section = (REPOSITORY / "README.md").read_text().partition(begin)[2].partition(end)[0]
-    assert section.strip() == throughput.markdown(json.loads(throughput.RESULTS.read_text()))
+    assert section.strip() == throughput.markdown(json.loads(throughput.RESULTS[kind].read_text()))
