@@ -70,7 +70,7 @@ class ResNetCIFAR(nn.Module):
             raise ValueError(
                 f"num_layers must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {num_layers!r}"
             )
-        self.num_layers = num_layers
+        self.num_layers, self.width = num_layers, width
         self.Nbits = check_n_bits(Nbits, symmetric)
         self.symmetric = bool(symmetric)
 

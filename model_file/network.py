@@ -116,6 +116,8 @@ def parts_of(net, coder="context", float_bits=32):
     if not isinstance(net, ResNetCIFAR):
         raise TypeError(f"net must be a ResNetCIFAR, got {type(net).__name__}")
     check(container.DEPTHS, num_layers=net.num_layers)
+    if net.width != 16:
+        raise ValueError(f"net must have a width of 16 channels for this format, got {net.width}")
     _check_finite(net.state_dict())
     values, steps = _values(copy.deepcopy(net).cpu().float())
     _check_finite({name: torch.from_numpy(value) for name, value in values.items()})
@@ -132,7 +134,8 @@ def _check_finite(tensors):
 
 
 def compress(net, coder="context", float_bits=32):
-    """Return `net`, a ResNetCIFAR on any device, as the bytes of a file (see container.py).
+    """Return `net`, a ResNetCIFAR of width 16 on any device, as the bytes of a file (see
+    container.py).
 
     coder: of weights with few values, a key of coders.CODERS, or "none": as floats like the rest.
     float_bits: of all other values. 32 keeps them, and with them the logits in evaluation on a CPU,

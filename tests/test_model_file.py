@@ -357,6 +357,8 @@ def test_only_this_family_of_nets():
         compress(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="num_layers must be 8, 14, .* 104 or 110, got 116"):
         compress(ResNetCIFAR(116))
+    with pytest.raises(ValueError, match="net must have a width of 16 channels .*, got 32"):
+        compress(ResNetCIFAR(width=32))
 
 
 @pytest.mark.parametrize("name, value", [

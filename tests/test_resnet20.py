@@ -86,6 +86,24 @@ def test_parameters_are_as_many_as_published(num_layers, published):
         assert published + 2752 == 272_474
 
 
+def test_twice_the_width_has_twice_the_channels_and_the_same_tensors(x):
+    nets = [ResNetCIFAR(width=width).eval() for width in (16, 32)]
+    assert [net.width for net in nets] == [16, 32]
+    narrow, wide = (net.state_dict() for net in nets)
+    assert list(narrow) == list(wide) and nets[1](x).shape == (4, 10)
+    for name, tensor in narrow.items():
+        channels = [n if n in (1, 3, 10) else 2 * n for n in tensor.shape[:2]]
+        assert list(wide[name].shape) == channels + list(tensor.shape[2:])
+    assert [layer.weight.shape[0] for name, layer in prunable_layers(nets[1])
+            if name.endswith("conv1.0")] == [32] * 3 + [64] * 3 + [128] * 3
+
+
+@pytest.mark.parametrize("width", [0, -16, 16.0, True, "16", None])
+def test_a_width_that_is_none_is_refused(width):
+    with pytest.raises(ValueError, match="^width must be a positive integer, got "):
+        ResNetCIFAR(width=width)
+
+
 def test_20_layers_with_268336_weights_are_prunable():
     layers = prunable_layers(ResNetCIFAR())
     assert len(layers) == 20 and sum(layer.weight.numel() for _, layer in layers) == 268_336
