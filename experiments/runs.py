@@ -14,9 +14,9 @@ class Run:
     name: str
     question: str  # what the run answers
     start_from: str | None = "pretrain"  # run whose weights it starts from; None: random ones
+    width: int = 16  # channels of the first stage
     Nbits: int | None = None  # bits per weight in the residual stages; None: float32
     symmetric: bool = False  # levels symmetric around zero
-    width: int = 16  # channels of the first stage
     quantizer: str = "minmax"  # as assigned; "learned": a trained step for each channel
     pruning: Pruning = Pruning()
     recipe: Recipe = Recipe()  # the default is the assigned one

@@ -157,7 +157,8 @@ def test_a_coder_that_loses_symbols_is_noticed(monkeypatch):
 
 def test_the_table_has_every_shipped_run_and_method():
     written = sizes.read_sizes()
-    shipped = {name for name, run in RUNS.items() if not run.held_out and read_record(name)}
+    shipped = {name for name, run in RUNS.items()
+               if name != "teacher" and not run.held_out and read_record(name)}
     assert written.keys() == shipped and len(shipped) > 15
     for run, files in written.items():
         assert files.keys() == sizes.FILES.keys() | sizes.SYMBOLS.keys()
