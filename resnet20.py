@@ -4,7 +4,6 @@ from numbers import Integral
 
 import torch.nn as nn
 
-from arguments import COUNT, check
 from FP_layers import FP_Conv, FP_Linear, MinMax, check_n_bits
 
 __all__ = ["ResNet_Block", "ResNetCIFAR"]
@@ -65,11 +64,12 @@ class ResNetCIFAR(nn.Module):
 
     def __init__(self, num_layers=20, Nbits=None, symmetric=False, quantizer=MinMax, width=16):
         super().__init__()
-        check(COUNT, width=width)
         if not isinstance(num_layers, Integral) or num_layers not in range(8, 10_000, 6):
             raise ValueError(
                 f"num_layers must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {num_layers!r}"
             )
+        if not isinstance(width, Integral) or isinstance(width, bool) or width < 1:
+            raise ValueError(f"width must be a positive integer, got {width!r}")
         self.num_layers, self.width = num_layers, width
         self.Nbits = check_n_bits(Nbits, symmetric)
         self.symmetric = bool(symmetric)

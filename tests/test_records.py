@@ -25,17 +25,17 @@ def test_an_untrained_run_says_what_to_type():
     ("pretrain", "pretrained_model.pt", "checkpoints/pretrain.json"),
     ("pretrain@1", "checkpoints/pretrain@1.pt", "checkpoints/pretrain@1.json"),
     ("lab3c_2bit", "checkpoints/lab3c_2bit.pt", "checkpoints/lab3c_2bit.json"),
-    ("ablation_float_sgd", "checkpoints/ablation/ablation_float_sgd.pt",
-     "checkpoints/ablation/ablation_float_sgd.json"),
-    ("ablation_2bit_sgd@3", "checkpoints/ablation/ablation_2bit_sgd@3.pt",
-     "checkpoints/ablation/ablation_2bit_sgd@3.json"),
+    ("ablation_float_wide", "checkpoints/ablation/ablation_float_wide.pt",
+     "checkpoints/ablation/ablation_float_wide.json"),
+    ("ablation_2bit_rate@3", "checkpoints/ablation/ablation_2bit_rate@3.pt",
+     "checkpoints/ablation/ablation_2bit_rate@3.json"),
 ])
 def test_shipped_files_lie_where_a_reader_looks_for_them(name, weights, record):
     assert records.weights_path(name) == records.ROOT / weights
     assert records.record_path(name) == records.ROOT / record
 
 
-@pytest.mark.parametrize("name", ["pretrain", "lab3c_2bit", "ablation_float_sgd@1"])
+@pytest.mark.parametrize("name", ["pretrain", "lab3c_2bit", "ablation_float_wide@1"])
 def test_in_a_folder_of_its_own_a_run_lies_at_the_top(name, tmp_path):
     assert records.weights_path(name, tmp_path) == tmp_path / f"{name}.pt"
     assert records.record_path(name, tmp_path) == tmp_path / f"{name}.json"
