@@ -82,11 +82,12 @@ def _improved_runs():
                   quantizer="learned",
                   **improved)
     parent = "lab3d_2bit_improved"
-    for q in (80, 84, 86):  # for the smallest files: each prunes the last one further, at once
-        yield Run(f"lab3d_2bit_{q}", f"{q} % pruned and 2-bit weights, improved",
-                  start_from=parent, Nbits=2, symmetric=True, quantizer="learned",
-                  pruning=Pruning("global", float(q)), **improved)
-        parent = f"lab3d_2bit_{q}"
+    for q in (80, 84, 85.2):  # for the smallest files: each prunes the last one further, at once
+        name = f"lab3d_2bit_{q:.0f}"
+        yield Run(name, f"{q} % pruned and 2-bit weights, improved", start_from=parent, Nbits=2,
+                  symmetric=True, quantizer="learned", pruning=Pruning("global", float(q)),
+                  **improved)
+        parent = name
 
 
 # What the parts of a recipe are worth: trained on 45,000 of the training images, tested on the

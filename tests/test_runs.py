@@ -76,12 +76,12 @@ def test_the_float_model_and_its_teacher_are_made_from_nothing_and_ship_their_la
 
 
 def test_the_smallest_files_prune_further_step_by_step():
-    names = ["lab3d_2bit_improved", *(f"lab3d_2bit_{q}" for q in (80, 84, 86))]
-    for parent, name in zip(names, names[1:]):
-        pruning = Pruning("global", float(name.rpartition("_")[2]))
+    parent = "lab3d_2bit_improved"
+    for name, q in {"lab3d_2bit_80": 80.0, "lab3d_2bit_84": 84.0, "lab3d_2bit_85": 85.2}.items():
         assert config(name) == config(parent) | {
             "name": name, "question": get(name).question, "start_from": parent,
-            "pruning": dataclasses.asdict(pruning)}
+            "pruning": dataclasses.asdict(Pruning("global", q))}
+        parent = name
 
 
 def test_the_unmasked_run_is_the_assigned_one_but_for_its_masks():
