@@ -198,7 +198,8 @@ def load_checkpoint(checkpoint, Nbits=None, symmetric=False, quantizer=None):
     if Nbits is None and _is_run(name):
         return load_weights(build(name, "cpu"), path)
     kind = QUANTIZERS["minmax" if quantizer is None else quantizer]
-    return load_weights(ResNetCIFAR(20, Nbits, symmetric, kind), path)
+    width = get(name).width if _is_run(name) else 16
+    return load_weights(ResNetCIFAR(20, Nbits, symmetric, kind, width), path)
 
 
 def _is_run(name):
@@ -216,9 +217,16 @@ def seconds_needed(names, device=None):
 
     From a few steps timed there, uncompiled and in float32: an upper bound more than a mean.
     """
-    images = sum(run.recipe.epochs * (50_000 - run.held_out) * (1.25 if run.teacher else 1)
+    images = sum(run.recipe.epochs * (50_000 - run.held_out) * _steps_alike(run)
                  for run in map(get, names))
     return images / 256 * seconds_a_step(build("pretrain", device), 256)
+
+
+def _steps_alike(run):
+    """Return how many steps of the homework's network alone take as long as one of `run`'s."""
+    own, teacher = (0 if name is None else (get(name).width / get("pretrain").width) ** 2
+                    for name in (run.name, run.teacher))
+    return own + teacher / 4  # a step of a teacher is its forward pass, with BatchNorms folded
 
 
 def announce(names):

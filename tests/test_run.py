@@ -457,6 +457,16 @@ def test_time_needed_is_that_of_all_steps_and_a_quarter_more_with_a_teacher(
     assert seconds_needed(["quantized"], "cpu") == 40_000 / 64 * 1.25
 
 
+def test_a_network_twice_as_wide_takes_four_times_as_long(tiny_runs, monkeypatch):
+    monkeypatch.setattr(run, "seconds_a_step", lambda net, batch_size: batch_size / 64)
+    alone = seconds_needed(["quantized"], "cpu")
+    redefine("iterative", width=32)
+    redefine("quantized", teacher="iterative")
+    assert seconds_needed(["quantized"], "cpu") == 2 * alone
+    redefine("quantized", teacher=None, width=32)
+    assert seconds_needed(["quantized"], "cpu") == 4 * alone
+
+
 @pytest.mark.parametrize("seconds, shown", [
     (50, "a minute"), (89 * 60, "89 minutes"), (2.5 * 3600, "2.5 hours")])
 def test_what_it_takes_is_announced(tiny_runs, monkeypatch, capsys, seconds, shown):
