@@ -263,7 +263,7 @@ def main():
     The teacher is left out: the file's format is for the homework's network.
     """
     runs = [name for name, run in RUNS.items()
-            if name != "teacher" and not run.held_out and read_record(name)]
+            if run.width == 16 and not run.held_out and read_record(name)]
     rows = []
     for run in runs:
         print(run, flush=True)

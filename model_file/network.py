@@ -134,8 +134,7 @@ def _check_finite(tensors):
 
 
 def compress(net, coder="context", float_bits=32):
-    """Return `net`, a ResNetCIFAR of width 16 on any device, as the bytes of a file (see
-    container.py).
+    """Return `net`, a ResNetCIFAR of width 16, as the bytes of a file (see container.py).
 
     coder: of weights with few values, a key of coders.CODERS, or "none": as floats like the rest.
     float_bits: of all other values. 32 keeps them, and with them the logits in evaluation on a CPU,
