@@ -40,8 +40,7 @@ def prune_by_percentage(layer, q=70.0):
 
     layer: an nn.Conv2d or nn.Linear, or an FP_Conv or FP_Linear around one; its bias is left alone.
     Ties fall together, so at least q % of the weights become zero, up to one weight's rounding.
-    Raises TypeError if the layer has no weight, and as percentile does; the layer is unchanged
-    then.
+    Raises TypeError if the layer has no weight, and as percentile does, and changes nothing then.
 
     Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
     """

@@ -119,6 +119,28 @@ def contents(blocks):
     return page, kept
 
 
+def kept_with_next(blocks):
+    """Return blocks in which a text stays on the page of what it leads to: a question with its
+    answer, a sentence with its table, figure or output.
+    """
+    kept = []
+    for block, following in itertools.zip_longest(blocks, blocks[1:]):
+        if block["t"] == "Para" and following is not None and _is_led_to(following):
+            kept += [raw("Block", "#leading["), block, raw("Block", "]")]
+        else:
+            kept.append(block)
+    return kept
+
+
+def _is_led_to(block):
+    """Return whether a block is an answer, a table, a figure or an output."""
+    first = block["c"][0] if block["t"] in ("Para", "Plain") and block["c"] else block
+    if first["t"] == "Strong":
+        return first["c"][:1] in ([raw("Inline", '#"Answer.";')], [raw("Inline", '#"Answer:";')])
+    call = first["c"][1] if first["t"].startswith("Raw") else ""
+    return first["t"] == "Table" or call.startswith(("#drawn(", "#output("))
+
+
 def _bold_opening(block):
     """Return, as inlines, "True" of a paragraph that opens in bold "True.", X of "Answer: X."."""
     first = block["c"][0] if block["t"] == "Para" and block["c"] else {"t": ""}
@@ -156,7 +178,7 @@ def _compile(pieces, figures, options):
     """Return the PDF of `pieces`, of the archival kind. Raises Refusal."""
     figures = list(figures)
     page, blocks = contents(parse(pieces, figures))
-    tree = {"pandoc-api-version": [1, 23], "meta": {}, "blocks": page + blocks}
+    tree = {"pandoc-api-version": [1, 23], "meta": {}, "blocks": page + kept_with_next(blocks)}
     body = quote_words(pandoc(json.dumps(tree), "json", "typst"))
     with tempfile.TemporaryDirectory() as folder:
         for number, (ending, picture) in enumerate(figures):

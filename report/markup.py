@@ -106,7 +106,7 @@ TAGS = {"b": "strong", "strong": "strong", "i": "emph", "em": "emph", "u": "unde
 def rewrite(node, piece, figures):
     """Return a pandoc node with all text as Typst strings and all pictures in `figures`."""
     if isinstance(node, list):
-        return _balanced([rewrite(child, piece, figures) for child in node])
+        return _balanced([rewrite(child, piece, figures) for child in _with_units(node)])
     if not isinstance(node, dict) or "c" not in node:
         return node
     kind, content = node["t"], node["c"]
@@ -130,6 +130,15 @@ def rewrite(node, piece, figures):
     if kind == "Link" and not re.match(r"(https?|mailto):", content[2][0]):
         return {"t": "Span", "c": [["", [], []], rewrite(content[1], piece, figures)]}
     return {"t": kind, "c": rewrite(content, piece, figures)}
+
+
+def _with_units(nodes):
+    """Return nodes in which no line ends between a number and its percent sign."""
+    kinds = [node.get("t") if isinstance(node, dict) else None for node in nodes]
+    return [{"t": "Str", "c": "\u00a0"}
+            if kind in ("Space", "SoftBreak") and kinds[i - 1:i] + kinds[i + 1:i + 2] == ["Str"] * 2
+            and nodes[i - 1]["c"][-1:].isdigit() and nodes[i + 1]["c"].startswith("%")
+            else nodes[i] for i, kind in enumerate(kinds)]
 
 
 def _balanced(nodes):

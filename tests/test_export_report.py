@@ -61,6 +61,11 @@ def figure(width=5, height=3, dpi=100, noise=False):
     return display(image_png=base64.b64encode(file.getvalue()).decode(), text_plain="<Figure>")
 
 
+def captioned(cell, caption, alt):
+    cell.metadata["mystnb"] = {"figure": {"caption": caption}, "image": {"alt": alt}}
+    return cell
+
+
 def table(header, rows):
     lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
     return display(
@@ -483,6 +488,33 @@ def test_a_figure_stays_on_the_page_of_its_code(read):
     assert all(cells == figures for cells, figures in pages)
 
 
+@pytest.mark.parametrize("led_to", [
+    table(["h"], [[f"row {i}"] for i in range(8)] + [["LEDTO"]]),
+    stdout("\n".join(["line"] * 8 + ["LEDTO"])),
+    figure(),
+    display(text_markdown="**Answer.** LEDTO", text_plain="A"),
+    display(text_markdown="**Answer: LEDTO** it is.", text_plain="A"),
+], ids=["table", "output", "figure", "answer", "answer of Lab 1"])
+def test_a_text_stays_with_what_it_leads_to(read, led_to):
+    cells = [new_markdown_cell("# T")]
+    for i in range(60):  # the room left on the page differs each time
+        cells += [new_markdown_cell("filler\n\n" * (i % 7 + 20)), new_markdown_cell("LEADS here."),
+                  captioned(code("t", led_to), "LEDTO.", "alt")]
+        cells[-1].metadata["tags"] = ["remove-input"]
+    pages = [page.extract_text() for page in list(read(cells).pages)[1:]]
+    assert sum(page.count("LEADS") for page in pages) == 60
+    assert all(page.count("LEADS") == page.count("LEDTO") for page in pages)
+
+
+def test_no_line_ends_before_a_percent_sign_or_within_an_option(read):
+    percents = " and ".join("word " * (i % 7) + f"93.{i} % of" for i in range(60))
+    options = " and ".join("word " * (i % 7) + "`run -m name --int8`" for i in range(60))
+    text = text_of(read([new_markdown_cell(f"# T\n\n{percents}\n\n**{percents}**\n\n{options}")]))
+    lines = text.splitlines()
+    assert len(lines) > 30 and text.count("%") == 120 and flat(text).count("-mname--int8") == 60
+    assert not any(re.match(r"\s*(%|m name|int8)", line) for line in lines)
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -891,11 +923,6 @@ def test_a_character_that_no_font_has_is_named(write, system_fonts, tmp_path, wh
 # ---------------------------------------------------------------- captions
 
 
-def captioned(cell, caption, alt):
-    cell.metadata["mystnb"] = {"figure": {"caption": caption}, "image": {"alt": alt}}
-    return cell
-
-
 def alternative_texts(reader):
     """The alternative texts of a PDF's figures, in reading order."""
 
@@ -923,12 +950,19 @@ def test_figures_are_numbered_and_captioned(read):
     assert alternative_texts(reader) == ["Figure drawn by the code above", "first", "second", NASTY]
     tops = [top for page in reader.pages for *_, top in drawn(page)[1]]
     assert len(tops) == 6 and tops[2] == tops[3] > tops[4]  # of three, two stand side by side
+    for page in list(reader.pages)[2:]:
+        texts, pictures = drawn(page)
+        captions = [y for _, y, size in texts if size == pytest.approx(9)]
+        assert captions and min(captions) < min(lower for *_, lower in pictures)
 
 
 def test_a_figure_of_many_pictures_goes_on_over_pages(read):
     cells = [new_markdown_cell("# T"), captioned(code("x", *[figure()] * 20), "Many.", "alt")]
     reader = read(cells)
     assert sum(len(drawn(page)[1]) for page in reader.pages) == 20
+    texts, pictures = drawn(reader.pages[1])
+    captions = [y for _, y, size in texts if size == pytest.approx(9)]
+    assert min(captions) > max(lower for *_, lower in pictures)  # on the page where it begins
     assert all(lower > 0.9 * 72 for page in reader.pages for *_, lower in drawn(page)[1])
 
 
