@@ -111,6 +111,8 @@ def _float_ablation_runs():
               recipe=float_recipe, teacher="ablation_float_alone", **nothing)
     yield Run("ablation_float_wide", "float model, 20 epochs: distilled from one twice as wide",
               recipe=float_recipe, teacher="ablation_teacher", **nothing)
+    yield Run("ablation_float_cutout", "float model, 20 epochs: no teacher, cutout",
+              recipe=replace(float_recipe, distill=0.0, cutout=TEACHER.cutout), **nothing)
 
 
 def _improved_ablation_runs():
