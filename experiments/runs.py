@@ -61,11 +61,6 @@ def _assigned_runs():
     # A likely reason for the reference's 35.90 %: fine-tuning that drops the masks.
     yield Run("lab3d_2bit_unmasked", "Lab 3 (d): 2-bit weights, pruned weights free to grow back",
               start_from="lab2e_global", Nbits=2, pruning=Pruning(hold_zeros=False))
-    # Whether the assigned rate is what makes 2 bits jump from epoch to epoch.
-    for part, what, start in (("c", "2-bit weights", "pretrain"),
-                              ("d", "70 % pruned and 2-bit weights", "lab2e_global")):
-        yield Run(f"lab3{part}_2bit_half_rate", f"Lab 3 ({part}): {what}, at half the rate",
-                  start_from=start, Nbits=2, recipe=Recipe(lr=0.001))
 
 
 def _improved_runs():

@@ -89,12 +89,6 @@ def test_the_unmasked_run_is_the_assigned_one_but_for_its_masks():
         "name", "question", "pruning.hold_zeros"}
 
 
-@pytest.mark.parametrize("name", ["lab3c_2bit", "lab3d_2bit"])
-def test_the_runs_at_half_the_rate_are_the_assigned_ones_but_for_it(name):
-    assert different(config(f"{name}_half_rate"), config(name)) == {"name", "question", "recipe.lr"}
-    assert get(f"{name}_half_rate").recipe.lr == get(name).recipe.lr / 2
-
-
 def test_every_run_comes_after_the_runs_it_starts_and_learns_from():
     names = list(RUNS)
     pairs = [(run, parent) for run in RUNS.values() for parent in (run.start_from, run.teacher)
