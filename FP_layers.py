@@ -158,11 +158,11 @@ class LearnedStep(torch.autograd.Function):
 
 
 @torch.no_grad()
-def fit_step(w, lowest, highest, candidates=100):
+def fit_step(w, lowest, highest):
     """Return the step of each output channel of w, (C, 1, ..., 1), of least squared error.
 
-    w: (C, ...), finite. A search over `candidates` steps up to max|w| / highest, then over as many
-    around the best of them. Each candidate is first improved by the closed form
+    w: (C, ...), finite. A search over 100 steps up to max|w| / highest, then over as many around
+    the best of them. Each candidate is first improved by the closed form
     <w, codes> / <codes, codes> for its codes. A channel of zeros gets step 1.
     """
     rows = w.flatten(1)
@@ -175,15 +175,15 @@ def fit_step(w, lowest, highest, candidates=100):
 
     center = radius = largest / 2
     for _ in range(2):
-        for i in range(1, candidates + 1):
-            step = center + radius * (2 * i / candidates - 1)
+        for i in range(1, 101):
+            step = center + radius * (i / 50 - 1)
             step = torch.where(step > 0, step, center)
             codes = codes_of(step)
             norm = codes.square().sum(1, keepdim=True)
             step = torch.where(norm > 0, (rows * codes).sum(1, keepdim=True) / norm, step)
             error_i = (rows - codes_of(step) * step).square().sum(1, keepdim=True)
             best, error = torch.where(error_i < error, step, best), torch.minimum(error_i, error)
-        center, radius = best, largest / candidates
+        center, radius = best, largest / 100
     silent = (rows == 0).all(1, keepdim=True)
     return torch.where(silent, 1.0, best).view(-1, *[1] * (w.dim() - 1))
 
@@ -222,7 +222,7 @@ class _FixedPoint(nn.Module):
 
     def __init__(self, child, layer, Nbits, symmetric, quantizer):
         super().__init__()
-        if not callable(quantizer):
+        if not isinstance(quantizer, type):
             raise TypeError(f"quantizer must be MinMax, Learned or a class, got {quantizer!r}")
         self.add_module(child, layer)
         self._kind, self._symmetric = quantizer, symmetric

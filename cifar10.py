@@ -54,8 +54,7 @@ class CIFAR10(NamedTuple):
         return CIFAR10(*(tensor.to(device) for tensor in self))
 
 
-# ---------------------------------------------------------------- sources, each a function of the
-# folder
+# ---------------------------------------------------------------- sources: functions of a folder
 
 
 def _digest(arrays):
@@ -281,9 +280,8 @@ def _try(problems, read, place):
 def hold_out(data, n, seed=0):
     """Return a CIFAR10 that trains on all but `n` random training images and tests on those.
 
-    The test set is left out.
-    The same n and seed always hold out the same images. Raises ValueError if n is not between 1 and
-    the number of training images less one.
+    The test set is left out. The same n and seed always hold out the same images. Raises ValueError
+    if n is not between 1 and the number of training images less one.
     """
     total = len(data.train_images)
     if isinstance(n, bool) or not isinstance(n, numbers.Integral) or not 0 < n < total:

@@ -26,9 +26,11 @@ def percentile(magnitudes, q):
     """Return the q-th percentile of a tensor: of two neighbours, the lower.
 
     What is at or below it is at or below np.percentile's interpolated value too, and nothing else
-    is. Raises ValueError if q is outside 0 to 100 or an element is NaN or infinite.
+    is. Raises ValueError if q is outside 0 to 100, there is no element, or one is NaN or infinite.
     """
     check(PERCENTAGE, q=q)
+    if magnitudes.numel() == 0:
+        raise ValueError("magnitudes must have at least one element, got none")
     if not torch.isfinite(magnitudes).all():
         raise ValueError("magnitudes must be finite to be ranked, got NaN or infinite ones")
     ordered = magnitudes.flatten().sort().values
@@ -40,7 +42,7 @@ def prune_by_percentage(layer, q=70.0):
 
     layer: an nn.Conv2d or nn.Linear, or an FP_Conv or FP_Linear around one; its bias is left alone.
     Ties fall together, so at least q % of the weights become zero, up to one weight's rounding.
-    Raises TypeError if the layer has no weight, and as percentile does, and changes nothing then.
+    Raises TypeError for another layer, and as percentile does, and changes nothing then.
 
     Source: Han et al., "Learning both Weights and Connections for Efficient Neural Networks", 2015.
     """
@@ -53,10 +55,10 @@ def prune_by_percentage(layer, q=70.0):
 def global_prune_by_percentage(net, q=70.0):
     """Prune all prunable layers of `net`, in place, at the q-th percentile of all their |w|.
 
-    Layers with small weights lose more of them than others. Raises as percentile does, and
-    ValueError if `net` has no prunable layer; the net is unchanged then.
+    Layers with small weights lose more of them than others. Raises as prune_by_percentage does,
+    and ValueError if `net` has no prunable layer; the net is unchanged then.
     """
-    weights = [layer.weight for _, layer in prunable_layers(net)]
+    weights = [_weight_of(layer) for _, layer in prunable_layers(net)]
     if not weights:
         raise ValueError("net has no conv or linear layer to prune")
     with torch.no_grad():
@@ -115,7 +117,10 @@ def layer_sparsity(net):
 
 def _weight_of(layer):
     inner = getattr(layer, "conv", None) or getattr(layer, "linear", None) or layer
-    if not isinstance(getattr(inner, "weight", None), torch.Tensor):
-        raise TypeError("layer must have a weight (nn.Conv2d, nn.Linear), "
-                        f"got {type(layer).__name__}")
+    if not isinstance(inner, (nn.Conv2d, nn.Linear)):
+        raise TypeError("layer must be an nn.Conv2d or nn.Linear, or an FP_Conv or FP_Linear "
+                        f"around one, got {type(layer).__name__}")
+    if not isinstance(inner.weight, nn.Parameter):
+        raise TypeError("layer must hold its weight as a parameter, got one that is computed anew "
+                        "in each forward pass; torch.nn.utils.prune.remove makes it permanent")
     return inner.weight

@@ -66,13 +66,13 @@ class ResNetCIFAR(nn.Module):
         super().__init__()
         if not isinstance(num_layers, Integral) or num_layers not in range(8, 10_000, 6):
             raise ValueError(
-                f"num_layers must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {num_layers!r}"
+                f"num_layers must be 6n + 2 with n >= 1 (8, 14, 20, ...) and below 10,000, "
+                f"got {num_layers!r}"
             )
         if not isinstance(width, Integral) or isinstance(width, bool) or width < 1:
             raise ValueError(f"width must be a positive integer, got {width!r}")
         self.num_layers, self.width = num_layers, width
-        self.Nbits = check_n_bits(Nbits, symmetric)
-        self.symmetric = bool(symmetric)
+        Nbits = check_n_bits(Nbits, symmetric)
 
         self.head_conv = nn.Sequential(
             FP_Conv(3, width, kernel_size=3, stride=1, padding=1, bias=False, Nbits=None),
@@ -84,12 +84,17 @@ class ResNetCIFAR(nn.Module):
             for block in range((num_layers - 2) // 6):
                 strides = 2 if stage > 0 and block == 0 else 1
                 blocks.append(
-                    ResNet_Block(in_chs, out_chs, strides, self.Nbits, self.symmetric, quantizer)
+                    ResNet_Block(in_chs, out_chs, strides, Nbits, symmetric, quantizer)
                 )
                 in_chs = out_chs
         self.body_op = nn.Sequential(*blocks)
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.final_fc = FP_Linear(4 * width, 10, Nbits=None)
+
+    @property
+    def Nbits(self):
+        """Bits of a weight of the stages, None for float; each layer's own can be set."""
+        return self.body_op[0].conv1[0].Nbits
 
     def forward(self, x):
         return self.final_fc(self.avg_pool(self.body_op(self.head_conv(x))).flatten(1))

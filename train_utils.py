@@ -139,12 +139,16 @@ def _assigned(epochs, batch_size, lr, reg, **others):
 
 
 def _fit_into(checkpoint, net, recipe, pruning, seed, journal):
-    """Return the history of fit; the best epoch's weights are written to `checkpoint`, if any."""
+    """Return the history of fit; the best epoch's weights are written to `checkpoint`, if any,
+    those of a training that was stopped or failed, too.
+    """
     if checkpoint is not None:
         check_writable(checkpoint)
-    history, best = fit(net, recipe, pruning=pruning, seed=seed, journal=journal)
-    if checkpoint is not None:
-        atomic_save(best, checkpoint)
+    try:
+        history, _ = fit(net, recipe, pruning=pruning, seed=seed, journal=journal)
+    finally:
+        if checkpoint is not None and journal.best["state"] is not None:
+            atomic_save(journal.best["state"], checkpoint)
     net.eval()  # as the course's own functions leave it: readers call net(x) next
     return history
 

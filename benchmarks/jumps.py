@@ -30,6 +30,8 @@ class Twice(Journal):
         self.data, self.images = data, images
 
     def epoch_done(self, epoch, entry, may_be_best):
+        """Test a copy of the net with statistics anew, then keep net and entry as a Journal does.
+        """
         anew = reestimate_statistics(copy.deepcopy(self.net), self.images)
         accuracy = train_utils.evaluate(anew, self.data)[1]
         super().epoch_done(epoch, entry | {"anew_accuracy": accuracy}, may_be_best)

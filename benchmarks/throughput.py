@@ -39,9 +39,9 @@ NAMES = {"assigned": "assigned", "float32": "ours, float32", "bfloat16": "ours, 
 
 
 def candidates(device, eager=False):
-    """Return {name: Execution} of our ways to train on `device`, those that `fastest` tries.
+    """Return {name: Execution} of our ways to train on `device`, those that `fastest` may take.
 
-    eager: the uncompiled ones.
+    Compiled, or as a CUDA graph, in bfloat16 where that is right. eager: the uncompiled ones.
     """
     bf16 = has_bf16(device) and bf16_is_right(ResNetCIFAR(20).to(device))
     ways = {"float32": Execution()} | ({"bfloat16": Execution(bf16=True)} if bf16 else {})

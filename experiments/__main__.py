@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from experiments.records import SHIPPED, read_record, weights_path
+from experiments.records import SHIPPED, RecordError, read_record, weights_path
 from experiments.runs import RUNS, get
 
 
@@ -60,18 +60,26 @@ def _folder(text):
 
 
 def _list():
+    errors = []
     for name, run in RUNS.items():
-        record = read_record(name)
-        result = f"{100 * record['test_accuracy']:6.2f} %" if record else "not trained"
+        try:
+            record = read_record(name)
+            result = f"{100 * record['test_accuracy']:6.2f} %" if record else "not trained"
+        except RecordError as error:  # said below; the others are listed
+            result, errors = "damaged", [*errors, error]
         print(f"{name:24} {result:12} {run.question}")
     sys.stdout.flush()
-    return 0
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return int(bool(errors))
 
 
 def _run(options):
     from experiments import pool  # which needs torch, that `list` can do without
 
     names = list(RUNS) if options.names == ["all"] else options.names
+    if options.seeds > 1 and any("@" in name for name in names):
+        raise ValueError(f"--seeds must be 1 where a name has a seed, got {options.seeds}")
     seeds = ["", *(f"@{seed}" for seed in range(1, options.seeds))]
     asked = list(dict.fromkeys(get(name + seed).name for seed in seeds for name in names))
     records = {name: None if options.force else read_record(name, options.into) for name in asked}

@@ -20,8 +20,8 @@ def run(names, folder, jobs=None, as_recorded=False):
 
     jobs: None, as many as this process may use cores, and one on a GPU; a run that is alone is
     trained in this process, with all threads. A run waits for its parents among `names`. If one
-    fails, those that depend on it are left out and the others go on. Ctrl-C stops all; the same
-    call goes on.
+    fails, those that depend on it are left out and the others go on. Ctrl-C and SIGTERM stop all;
+    the same call goes on.
     """
     names = list(dict.fromkeys(names))
     jobs = min(jobs or (1 if torch.cuda.is_available() else cores()), len(names))
@@ -29,6 +29,7 @@ def run(names, folder, jobs=None, as_recorded=False):
         announce(names)
     start = _train_here if jobs == 1 else _Child
     waiting, running, failed = list(names), {}, set()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         while waiting or running:
             for name in [name for name in waiting if get(name).parents & failed]:
@@ -48,9 +49,10 @@ def run(names, folder, jobs=None, as_recorded=False):
                     if child.poll() < 0:  # it could not say so itself
                         print(f"{name}: ended by signal {-child.poll()}", flush=True)
             time.sleep(0.0 if jobs == 1 else 0.2)
-    finally:  # also on Ctrl-C, which the children may not have heard
+    finally:  # also on Ctrl-C and SIGTERM, which the children may not have heard
         for child in running.values():
             child.stop()
+        signal.signal(signal.SIGTERM, before)
     return int(bool(failed))
 
 

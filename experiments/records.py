@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "checkpoints"
 # RETRAIN=1 trains into here; shipped files stay as they are
 RETRAINED = ROOT / "build" / "retrained"
+USED = {"test_accuracy", "best", "last", "history", "execution"}  # keys of a record, by others
 
 
 class RecordError(RuntimeError):
@@ -82,6 +83,8 @@ def read_record(name, folder=None):
         record = json.loads(path.read_text())
         differ = _differences(record["config"], config_of(run), config_of(Run("", "")))
         written = record["weights_sha256"]
+        if missing := USED - record.keys():
+            raise KeyError(*sorted(missing))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

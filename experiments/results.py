@@ -29,7 +29,8 @@ def accuracies(name, which, folder=SHIPPED):
     which: "best" or "last", the epoch.
     """
     place = record_path(name, folder).parent
-    seeds = sorted(int(path.stem.partition("@")[2]) for path in place.glob(f"{name}@*.json"))
+    seeds = [path.stem.partition("@")[2] for path in place.glob(f"{name}@*.json")]
+    seeds = sorted(int(seed) for seed in seeds if seed.isdecimal())  # not "1 copy"
     records = [read_record(run, folder) for run in (name, *(f"{name}@{seed}" for seed in seeds))]
     return [record[which]["test_accuracy"] for record in records if record is not None]
 

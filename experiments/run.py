@@ -142,27 +142,19 @@ def _load_parent(name, net, folder, wanted_by):
     raise RecordError(f"{wanted_by} needs {name}, which is {not_trained(name)}")
 
 
-_retrained_here = set()  # runs that RETRAIN=1 has trained in this process: once each
-
-
 def load_or_train(name, net=None):
     """Return (net, record) of run `name`: its shipped weights, or trained now if there are none.
 
-    With RETRAIN=1 in the environment the run is trained, once a process, into build/retrained, and
-    what it starts from is taken from there if it is there. Loads into `net`, in place, if one is
-    given. Raises RecordError if the shipped record does not belong to the run as defined, and as
+    With RETRAIN=1 in the environment build/retrained takes the place of the shipped runs: what is
+    not there is trained, from parents that are there or else shipped. Loads into `net`, in place,
+    if one is given. Raises RecordError if the record does not belong to the run as defined, and as
     load_weights does.
     """
-    get(name)
     folder = RETRAINED if retraining() else SHIPPED
-    if retraining() and name not in _retrained_here:
-        record_path(name, folder).unlink(missing_ok=True)
     record = read_record(name, folder)
     if record is None:
         announce([name])
         record = train_run(name, folder)
-    if retraining():
-        _retrained_here.add(name)
     return load_weights(build(name) if net is None else net, weights_path(name, folder)), record
 
 

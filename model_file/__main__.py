@@ -17,6 +17,8 @@ def main(arguments=None):
     """Run a command line; return the exit status."""
     options = _parser().parse_args(arguments)
     try:
+        if options.command != "info":
+            _refuse_existing(options.out)
         if options.command == "pack":
             net = _net_of(options)
             data = compress(net, options.coder, options.float_bits)
@@ -24,10 +26,8 @@ def main(arguments=None):
                 file.write(data)
             print(f"{options.out}: {_ratio(data, stored_shapes(net).values())}")
         elif options.command == "unpack":
-            _refuse_existing(options.out)
             save_weights(decompress(Path(options.file).read_bytes()), options.out)
         elif options.command == "export":
-            _refuse_existing(options.out)
             _export(_net_of(options), options.out, options.int8)
         else:
             _print_info(Path(options.file).read_bytes())

@@ -49,7 +49,12 @@ def hand_in(source, out, student, netid):
                 shutil.copyfile(Path(source) / name, new / name)
             if out.exists():
                 out.rename(old)
-            new.rename(out)
+            try:
+                new.rename(out)
+            except OSError:
+                if old.exists():
+                    old.rename(out)
+                raise
     except OSError as error:
         raise ReportError(f"{out} cannot be written ({error})") from error
     return sorted(path.name for path in out.iterdir())

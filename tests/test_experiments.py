@@ -39,9 +39,13 @@ def test_list_names_every_run_with_its_result(pretrained, capsys):
 
 
 def test_list_reports_a_record_that_does_not_fit(pretrained, capsys):
+    """And lists the others."""
     redefine("pretrain", recipe={"lr": 0.5})
     assert commands.main(["list"]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and "another config" in err
+    assert [line.split()[:2] for line in out.splitlines()] == [
+        ["pretrain", "damaged"], ["iterative", "not"], ["quantized", "not"]]
 
 
 def test_a_reader_that_closes_the_list_is_no_error():
@@ -154,6 +158,10 @@ def test_into_the_shipped_folder_is_into_it_however_it_is_written(tiny_runs, mon
             ["quantized"],
             "error: quantized needs iterative, which is not trained yet: "
             "python -m experiments run iterative",
+        ),
+        (
+            ["pretrain@1", "--seeds", "2"],
+            "error: --seeds must be 1 where a name has a seed, got 2",
         ),
         (
             ["pretrain", "--as-recorded"],

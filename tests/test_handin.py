@@ -1,5 +1,7 @@
 """The hand-in holds exactly what the assignment asks for, and nothing without a name."""
 
+from pathlib import Path
+
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -35,6 +37,21 @@ def test_three_files_and_a_word_about_zips(source, tmp_path, capsys):
     for name in NAMES[:2]:
         assert (tmp_path / "handin" / name).read_bytes() == (source / name).read_bytes()
     assert "zip costs 20 %" in capsys.readouterr().out
+
+
+def test_a_hand_in_that_cannot_take_its_place_leaves_the_earlier_one(source, tmp_path, monkeypatch,
+                                                                     capsys):
+    assert run(source, tmp_path / "handin") == 0
+    earlier, rename = (tmp_path / "handin" / "report.pdf").read_bytes(), Path.rename
+
+    def failing(path, target):
+        if path.name == "new":
+            raise OSError("disk hiccup")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    assert run(source, tmp_path / "handin") == 1 and "disk hiccup" in capsys.readouterr().err
+    assert (tmp_path / "handin" / "report.pdf").read_bytes() == earlier
 
 
 @pytest.mark.parametrize("variable", ["STUDENT", "NETID"])

@@ -804,8 +804,10 @@ def test_pack_info_unpack(tmp_path, capsys, images, four_bits):
     net = load_weights(ResNetCIFAR(), checkpoint).eval()
     assert torch.equal(net(images[:20]), four_bits(images[:20]))
     before = checkpoint.read_bytes()  # what is trained is not written over
-    status, _, err = run(capsys, "unpack", file, checkpoint)
-    assert status == 1 and "net.pt is there already" in err and checkpoint.read_bytes() == before
+    for command, source in (("unpack", file), ("pack", "lab3c_4bit")):
+        status, _, err = run(capsys, command, source, checkpoint)
+        assert status == 1 and "net.pt is there already" in err
+        assert checkpoint.read_bytes() == before
 
 
 def test_pack_by_path_with_options(tmp_path, capsys):
@@ -938,10 +940,10 @@ def test_bits_that_are_given_go_before_those_of_the_run(tmp_path):
     learned = load_checkpoint(checkpoint, 3, True, "learned").body_op[0].conv1[0].quantizer
     assert learned.limits == (-3, 3)
     assert load_checkpoint(weights_path("pretrain")).Nbits is None
-    assert not load_checkpoint(checkpoint).symmetric
+    assert not load_checkpoint(checkpoint).body_op[0].conv1[0].quantizer.symmetric
     with pytest.raises(ValueError, match="quantizer must be 'minmax' or 'learned', got 'lsq'"):
         load_checkpoint(checkpoint, 3, quantizer="lsq")
-    assert load_checkpoint("lab3d_2bit_improved").symmetric
+    assert load_checkpoint("lab3d_2bit_improved").body_op[0].conv1[0].quantizer.symmetric
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,16 @@ def test_ctrl_c_stops_all_that_is_running(monkeypatch):
     assert trainings.stopped == trainings.started == ["teacher", "parent"]
 
 
+def test_sigterm_stops_all_that_is_running(monkeypatch):
+    """As a batch system or `timeout` sends it: no child trains on alone."""
+    trainings, before = Trainings(dict.fromkeys(FAMILY, 9)), signal.getsignal(signal.SIGTERM)
+    trainings.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGTERM)
+    with scheduled(trainings, FAMILY), pytest.raises(SystemExit, match="143"):
+        pool.run(list(FAMILY), Path(), 2)
+    assert trainings.stopped == trainings.started == ["teacher", "parent"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @st.composite
 def trees(draw):
     """Draw {name: (parent, teacher)} in which every run is after its parents, or is a root."""

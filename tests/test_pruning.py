@@ -19,6 +19,7 @@ from pruning import (
     apply_masks,
     global_prune_by_percentage,
     layer_sparsity,
+    percentile,
     prunable_layers,
     prune_before_epoch,
     prune_by_percentage,
@@ -127,8 +128,30 @@ def test_70_percent_are_pruned_unless_said_otherwise(prune_it):
 
 
 def test_a_layer_without_weights_is_refused():
-    with pytest.raises(TypeError, match="layer must have a weight.*ReLU"):
-        prune_by_percentage(nn.ReLU())
+    for layer in (nn.ReLU(), nn.BatchNorm2d(4)):
+        name = type(layer).__name__
+        with pytest.raises(TypeError, match=f"layer must be an nn.Conv2d.*got {name}"):
+            prune_by_percentage(layer)
+
+
+def test_a_weight_that_is_computed_anew_is_refused():
+    """What is pruned in it would be back with the next forward pass."""
+    layer = FP_Conv(3, 4, 3)
+    prune.l1_unstructured(layer.conv, "weight", 0.1)
+    for prune_it in (prune_by_percentage, global_prune_by_percentage):
+        before = layer.conv.weight.clone()
+        with pytest.raises(TypeError, match="prune.remove makes it permanent"):
+            prune_it(layer)
+        assert torch.equal(layer.conv.weight, before)
+    prune.remove(layer.conv, "weight")
+    prune_by_percentage(layer)
+    layer(torch.zeros(1, 3, 8, 8))
+    assert sparsity(layer) == pytest.approx(0.7, abs=0.01)
+
+
+def test_no_magnitudes_have_no_percentile():
+    with pytest.raises(ValueError, match="magnitudes must have at least one element, got none"):
+        percentile(torch.zeros(0), 50)
 
 
 # ---------------------------------------------------------------- the whole net
@@ -197,7 +220,7 @@ def test_before_each_epoch_it_is_pruned_as_planned(net, method, epochs, percenta
 def test_without_a_method_nothing_is_pruned(net):
     before = state_of(net)
     for epoch in (1, 2, 10):
-        prune_before_epoch(net, Pruning(None, 0, 2), epoch)
+        prune_before_epoch(net, Pruning(), epoch)
     assert same(net.state_dict(), before)
 
 

@@ -86,6 +86,8 @@ def test_a_bad_field_is_refused_by_name(argument, value):
 def test_a_percentage_needs_a_method():
     with pytest.raises(ValueError, match="^method must be 'layer' or 'global', got None"):
         Pruning(q=70.0)
+    with pytest.raises(ValueError, match="epochs must be 0 where method is None, got 2"):
+        Pruning(epochs=2)
     assert Pruning("layer", 70.0)
 
 

@@ -1,6 +1,7 @@
 """Where a run's files lie, and records that are refused since they do not fit."""
 
 import ast
+import functools
 import json
 
 import pytest
@@ -66,9 +67,9 @@ def alter_record(text):
     records.record_path("pretrain").write_text(text)
 
 
-def without_hash():
+def without(key):
     record = json.loads(records.record_path("pretrain").read_text())
-    del record["weights_sha256"]
+    del record[key]
     alter_record(json.dumps(record))
 
 
@@ -90,9 +91,10 @@ def test_what_does_not_fit_in_a_folder_is_trained_again_in_it(tiny_runs, tmp_pat
     (lambda: alter_record("{}"), "pretrain.json is damaged"),
     (lambda: alter_record('{"config": []}'), "pretrain.json is damaged"),
     (lambda: alter_record("[]"), "pretrain.json is damaged"),
-    (without_hash, "pretrain.json is damaged"),
+    *((functools.partial(without, key), f"pretrain.json is damaged .*KeyError.*{key}")
+      for key in ("weights_sha256", "best", "execution")),
 ], ids=["recipe", "run", "weights altered", "weights missing", "record cut off", "record empty",
-        "config a list", "record a list", "no SHA-256"])
+        "config a list", "record a list", "no SHA-256", "no best", "no execution"])
 @pytest.mark.parametrize("use", ["read_record", "load_or_train", "train a child"])
 def test_a_record_that_does_not_fit_is_never_used(pretrained, use, damage, complaint):
     damage()
@@ -113,13 +115,13 @@ def test_a_setting_that_is_gone_is_another_config(pretrained):
 
 
 def test_all_settings_that_differ_are_named_with_their_place(pretrained):
-    redefine("pretrain", recipe={"lr": 0.5, "cutout": 8}, pruning={"epochs": 3}, seed=4)
+    redefine("pretrain", recipe={"lr": 0.5, "cutout": 8}, pruning={"hold_zeros": False}, seed=4)
     with pytest.raises(records.RecordError) as caught:
         records.read_record("pretrain")
     named = str(caught.value).partition("(recorded, now): ")[2].partition(";")[0]
     assert ast.literal_eval(named) == {
         "recipe.lr": (0.01, 0.5), "recipe.cutout": (0, 8),
-        "pruning.epochs": (0, 3), "seed": (0, 4)}
+        "pruning.hold_zeros": (True, False), "seed": (0, 4)}
 
 
 def test_another_wording_of_the_question_is_no_other_config(pretrained):

@@ -139,7 +139,13 @@ def test_levels_are_not_symmetric_unless_asked():
         assert len(layers) >= 3
         for layer in layers:
             assert torch.equal(layer.quantized_weight(), STE.apply(layer.weight, 3, symmetric))
-    assert ResNetCIFAR(8, 3).symmetric is False and ResNetCIFAR(8, 3, True).symmetric is True
+
+
+def test_bits_are_read_from_the_layers_and_cannot_be_set_for_the_whole_net():
+    net = ResNetCIFAR(8, 3)
+    with pytest.raises(AttributeError):
+        net.Nbits = 2
+    assert net.Nbits == net.body_op[0].conv1[0].Nbits == 3 and ResNetCIFAR(8).Nbits is None
 
 
 @pytest.mark.parametrize("num_layers", [8, 20])

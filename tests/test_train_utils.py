@@ -249,6 +249,26 @@ def test_the_best_epoch_is_saved_in_the_current_folder(
 
 
 @pytest.mark.parametrize("entry_point", [train, finetune])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, FloatingPointError])
+def test_the_best_epoch_of_a_training_that_stops_is_saved(
+    monkeypatch, tmp_path, net, entry_point, stop
+):
+    results, states = iter([0.5, 0.4, stop]), []
+
+    def fake_evaluate(net, data):
+        states.append(state_of(net))
+        result = next(results)
+        if result is stop:
+            raise stop
+        return 1.0, result
+
+    monkeypatch.setattr(train_utils, "evaluate", fake_evaluate)
+    with pytest.raises(stop):
+        entry_point(net, 5, 32, 0.05, 1e-4, checkpoint="best.pt")
+    assert same(load_weights(make_net(), "best.pt").state_dict(), states[0])
+
+
+@pytest.mark.parametrize("entry_point", [train, finetune])
 def test_nothing_is_saved_where_no_checkpoint_is_wanted(tmp_path, net, entry_point):
     entry_point(net, 1, 32, 0.05, 1e-4, checkpoint=None)
     assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,7 @@ def save_weights(net, path):
 
 def snapshot(net):
     """Return a copy of the net's state dict on the CPU."""
-    return {name: tensor.detach().cpu().clone().contiguous()
+    return {name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in net.state_dict().items()}
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from arguments import FRACTION, check
+from arguments import FRACTION, POSITIVE, check
 
 __all__ = ["Distillation"]
 
@@ -12,18 +12,18 @@ class Distillation:
     """A loss against labels and a teacher: (1 - w) CE(z, y) + w T^2 KL(teacher(x) / T || z / T).
 
     teacher: maps images (B, 3, 32, 32) to logits (B, classes), or None, and the loss is CE(z, y);
-    weight: w, 0 to 1; temperature: T, above 0. T^2 keeps the size of the gradients. Use it
-    as
+    weight: w, 0 to 1; temperature: T, above 0. T^2 keeps the size of the gradients. Use:
 
         for x, y in distillation.taught(batches):
             loss = distillation(net(x), y)
 
-    Raises ValueError for a teacher without a weight or the reverse.
+    Raises ValueError for a value out of range, and for a teacher without a weight or the reverse.
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, section 2.
     """
 
     def __init__(self, teacher, weight, temperature=1.0):
         check(FRACTION, weight=weight)
+        check(POSITIVE, temperature=temperature)
         if bool(weight) != (teacher is not None):
             raise ValueError("weight, a recipe's distill, must be above 0 with a teacher and 0 "
                              f"without one, got {weight!r} and teacher={type(teacher).__name__}")

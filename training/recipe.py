@@ -64,6 +64,8 @@ class Pruning:
         check(PERCENTAGE, q=self.q)
         check(("layer", "global") if self.q else (None, "layer", "global"), method=self.method)
         check(NATURAL, epochs=self.epochs)
+        if self.epochs and self.method is None:  # it would only free the zeros until then
+            raise ValueError(f"epochs must be 0 where method is None, got {self.epochs}")
         check((True, False), hold_zeros=self.hold_zeros)
 
     @property
