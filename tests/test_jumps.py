@@ -1,4 +1,4 @@
-"""The run that is tested twice: it is trained as it would be, and the second test is what it says."""
+"""The run that is tested twice is trained as it would be, and its second test is what it says."""
 
 import json
 
