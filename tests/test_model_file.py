@@ -815,13 +815,10 @@ def test_pack_by_path_with_options(tmp_path, capsys):
         weights_path("pretrain"),
         weights_path("lab2e_global"),
     ):
-        status, _, _ = run(
-            capsys, "pack", checkpoint, tmp_path / "a", "--coder", "packed", "--float-bits", 16
-        )
         name = "pretrain" if "pretrained" in checkpoint.name else checkpoint.stem
-        assert status == 0 and (tmp_path / "a").read_bytes() == compress(
-            shipped_net(name), "packed", 16
-        )
+        out = tmp_path / name
+        status, _, _ = run(capsys, "pack", checkpoint, out, "--coder", "packed", "--float-bits", 16)
+        assert status == 0 and out.read_bytes() == compress(shipped_net(name), "packed", 16)
 
 
 def small_checkpoint(folder, name="mine.pt", **quantizer):
