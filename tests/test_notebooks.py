@@ -117,6 +117,9 @@ def test_each_question_of_the_labs_is_answered_in_numbers_before_its_code():
                    if texts and texts[0].startswith("**Answer.**")]
         sources = [i for i, c in enumerate(question) if c.source.startswith("show_source(")]
         assert len(answers) == 1, cells[start].source
+        [text] = [text for texts in shown for text in texts if text.startswith("**Answer.**")]
+        sentences = re.findall(r"[.!](?= |$)", text.replace("**", "").removeprefix("Answer."))
+        assert 1 <= len(sentences) <= 2, text
         assert "f\"" in question[answers[0]].source  # made from values
         assert not sources or answers[0] < sources[0], cells[start].source
         shown_code = [i for i, c in enumerate(question)
