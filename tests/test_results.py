@@ -141,6 +141,7 @@ def test_seeds_are_averaged(monkeypatch, tmp_path):
     for name in values:
         (tmp_path / f"{name}.json").touch()
     with_accuracies(monkeypatch, {name: (None, value) for name, value in values.items()})
+    (tmp_path / "lab3c_3bit@1 copy.json").touch()  # no seed
     found = results.accuracies("lab3c_3bit", "last", tmp_path)
     assert found == [0.90, 0.91, 0.92]
     assert results.shown(found) == "91.00 ± 1.00 (3 seeds)"
