@@ -81,13 +81,11 @@ def _improved_runs():
                   symmetric=n == 2,
                   quantizer="learned",
                   **improved)
-    parent = "lab3d_2bit_improved"
-    for q in (80, 84, 85.2):  # for the smallest files: each prunes the last one further, at once
-        name = f"lab3d_2bit_{q:.0f}"
-        yield Run(name, f"{q} % pruned and 2-bit weights, improved", start_from=parent, Nbits=2,
-                  symmetric=True, quantizer="learned", pruning=Pruning("global", float(q)),
-                  **improved)
-        parent = name
+    # for the smallest files: each prunes its parent further, at once
+    for q, parent in ((80, "improved"), (82.4, 80), (84, 80), (85.2, 84)):
+        yield Run(f"lab3d_2bit_{q:.0f}", f"{q} % pruned and 2-bit weights, improved",
+                  start_from=f"lab3d_2bit_{parent}", Nbits=2, symmetric=True, quantizer="learned",
+                  pruning=Pruning("global", float(q)), **improved)
 
 
 # What the parts of a recipe are worth: trained on 45,000 of the training images, tested on the

@@ -23,14 +23,14 @@ import numpy as np
 from model_file import coders
 from model_file.coders import Alphabet, ByteReader, CompressionError
 
-MAGIC, VERSION = b"RNPQ", 3
+MAGIC, VERSION = b"RNPQ", 4
 # A CRC finds damage. It keeps out no ill will, nor would a hash: the reader stands any content.
 START = struct.Struct("<4sBI")
 HEADER = struct.Struct("<BBBI")
 LEVELS = struct.Struct("<HH")
 
 CODERS = ("none", *coders.CODERS)  # "none": weights as floats. The order is the format's
-FLOAT_BITS = (32, 16, 8)
+FLOAT_BITS = (32, 16, 7)
 KINDS = (
     "float",  # every value as a float
     "masked",  # symbols 0 and 1; the values at 1 as floats
@@ -184,8 +184,9 @@ def value_of(part):
 def encode_floats(values, bits):
     """Return finite float32 values, (rows, columns), as bytes.
 
-    bits: 32, exact; 16, rounded to float16; 8, rounded to an even grid from each row's minimum to
-    its maximum, told as float16. Raises CompressionError if a value is beyond float16's range.
+    bits: 32, exact; 16, rounded to float16; 7, rounded to an even grid from each row's minimum to
+    its maximum: its least value and its step as float16, then 7 bits a value, the row filled up to
+    a whole byte. Raises CompressionError if a value is beyond float16's range.
     """
     if bits == 32 or not values.size:
         return values.astype("<f4").tobytes()
@@ -194,9 +195,12 @@ def encode_floats(values, bits):
     values = values.astype(np.float64)
     # both rounded outwards, so that the grid reaches from end to end
     low = _float16(values.min(1, keepdims=True), -np.inf)
-    step = _float16((values.max(1, keepdims=True) - low) / 255, np.inf)
-    codes = np.round((values - low) / np.where(step > 0, step, 1.0)).clip(0, 255)
-    return np.hstack([low.view(np.uint8), step.view(np.uint8), codes.astype(np.uint8)]).tobytes()
+    highest = 2**bits - 1
+    step = _float16((values.max(1, keepdims=True) - low) / highest, np.inf)
+    codes = np.round((values - low) / np.where(step > 0, step, 1.0)).clip(0, highest)
+    told = (codes.astype(np.int64)[..., None] >> _shifts(bits) & 1).reshape(len(codes), -1)
+    packed = np.packbits(told.astype(np.uint8), axis=1)
+    return np.hstack([low.view(np.uint8), step.view(np.uint8), packed]).tobytes()
 
 
 def decode_floats(reader, shape, bits):
@@ -205,17 +209,24 @@ def decode_floats(reader, shape, bits):
     Raises CompressionError if there are too few bytes or a value is NaN or infinite.
     """
     rows, columns = shape
-    if bits == 8 and columns:
-        told = np.frombuffer(reader.take(rows * (4 + columns)), np.uint8).reshape(rows, 4 + columns)
+    if bits < 16 and columns:
+        width = 4 + math.ceil(columns * bits / 8)
+        told = np.frombuffer(reader.take(rows * width), np.uint8).reshape(rows, width)
         low, step = np.split(told[:, :4].copy().view("<f2").astype(np.float32), 2, axis=1)
+        codes = np.unpackbits(told[:, 4:], axis=1, count=columns * bits)
+        codes = codes.reshape(rows, columns, bits) @ (1 << _shifts(bits))
         with np.errstate(invalid="ignore"):  # an infinite step; reported below
-            values = low + step * told[:, 4:].astype(np.float32)
+            values = low + step * codes.astype(np.float32)
     else:
         values = np.frombuffer(reader.take(rows * columns * bits // 8), f"<f{max(bits, 16) // 8}")
         values = values.astype(np.float32).reshape(shape)
     if not np.isfinite(values).all():
         raise CompressionError(f"{reader.what} must be finite, got NaN or infinite values")
     return values
+
+
+def _shifts(bits):
+    return np.arange(bits)[::-1]
 
 
 def _float16(values, towards=None):

@@ -138,7 +138,7 @@ def compress(net, coder="context", float_bits=32):
 
     coder: of weights with few values, a key of coders.CODERS, or "none": as floats like the rest.
     float_bits: of all other values. 32 keeps them, and with them the logits in evaluation on a CPU,
-    bit for bit; 16 or 8 rounds them (see container.encode_floats), and moves learned steps into
+    bit for bit; 16 or 7 rounds them (see container.encode_floats), and moves learned steps into
     BatchNorm. What that costs in accuracy has to be measured.
 
     Raises TypeError or ValueError for arguments out of range, and CompressionError if the net holds

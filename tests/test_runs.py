@@ -76,12 +76,12 @@ def test_the_float_model_and_its_teacher_are_made_from_nothing_and_ship_their_la
 
 
 def test_the_smallest_files_prune_further_step_by_step():
-    parent = "lab3d_2bit_improved"
-    for name, q in {"lab3d_2bit_80": 80.0, "lab3d_2bit_84": 84.0, "lab3d_2bit_85": 85.2}.items():
-        assert config(name) == config(parent) | {
-            "name": name, "question": get(name).question, "start_from": parent,
+    for percent, q, parent in ((80, 80.0, "improved"), (82, 82.4, 80), (84, 84.0, 80),
+                               (85, 85.2, 84)):
+        name = f"lab3d_2bit_{percent}"
+        assert config(name) == config("lab3d_2bit_improved") | {
+            "name": name, "question": get(name).question, "start_from": f"lab3d_2bit_{parent}",
             "pruning": dataclasses.asdict(Pruning("global", q))}
-        parent = name
 
 
 def test_the_unmasked_run_is_the_assigned_one_but_for_its_masks():

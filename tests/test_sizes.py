@@ -204,12 +204,12 @@ def test_the_command_writes_table_figure_and_file(monkeypatch, tmp_path):
     rows = (tmp_path / "sizes.csv").read_text().splitlines()
     assert rows[0] == "run,method,bytes,accuracy" and len(rows) == 1 + 2 * 7
     recorded = sizes.read_sizes(tmp_path / "sizes.csv")["lab3c_4bit"]
-    assert recorded["context, 8-bit floats"][1] == 0.8765
+    assert recorded["context, 7-bit floats"][1] == 0.8765
     assert recorded["context"] == (len(compress(load_checkpoint("lab3c_4bit"))),
                                    round(read_record("lab3c_4bit")["test_accuracy"], 4))
     assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
     net = load_checkpoint("lab3d_2bit_improved")
-    assert (tmp_path / "lab3d_2bit_improved.rnpq").read_bytes() == compress(net, "context", 8)
+    assert (tmp_path / "lab3d_2bit_improved.rnpq").read_bytes() == compress(net, "context", 7)
 
 
 # ---------------------------------------------------------------- the codec of a standard
