@@ -7,49 +7,48 @@ estimated anew.
 
 import argparse
 import copy
+import functools
 import sys
 from pathlib import Path
 
 import train_utils
 from experiments.controls import reestimate_statistics
-from experiments.run import build, load_or_train
-from experiments.runs import get
+from experiments.records import ROOT
+from experiments.run import train_run
 from files import write_json
-from training.execution import fastest
 from training.journal import Journal
 
 RESULTS = Path(__file__).with_name("jumps.json")
 RUN = "lab3c_2bit"
+INTO = ROOT / "build" / "jumps"  # where it is trained
 
 
 class Twice(Journal):
-    """A Journal whose entries have "anew_accuracy", too: with statistics estimated on `images`."""
+    """A Journal whose entries have "anew_accuracy", too: with statistics estimated on the first
+    `n_images` training images.
+    """
 
-    def __init__(self, name, state_path, data, images):
-        super().__init__(name, state_path, tag={"images": len(images)})
-        self.data, self.images = data, images
+    def __init__(self, name, state_path, tag, n_images):
+        super().__init__(name, state_path, tag | {"images": n_images})
+        self.n_images = n_images
 
     def epoch_done(self, epoch, entry, may_be_best):
         """Test a copy of the net with statistics anew, then keep net and entry as a Journal does.
         """
-        anew = reestimate_statistics(copy.deepcopy(self.net), self.images)
-        accuracy = train_utils.evaluate(anew, self.data)[1]
+        data = train_utils.get_data(next(self.net.parameters()).device)
+        anew = reestimate_statistics(copy.deepcopy(self.net), data.train_images[:self.n_images])
+        accuracy = train_utils.evaluate(anew, data)[1]
         super().epoch_done(epoch, entry | {"anew_accuracy": accuracy}, may_be_best)
 
 
-def compare(name, n_images, state_path=None):
+def compare(name, n_images, folder=INTO):
     """Train run `name` again; return {"running": accuracies, "anew": accuracies}, one an epoch.
 
-    n_images: training images that statistics are estimated on; state_path: as of a Journal.
+    n_images: training images that statistics are estimated on; folder: where weights and record go,
+    and the state that an interrupted training goes on from. Raises as train_run does.
     """
-    run = get(name)
-    net = load_or_train(run.start_from, build(name))[0]
-    data = train_utils.get_data(next(net.parameters()).device)
-    steps = run.recipe.epochs * len(data.train_images) // run.recipe.batch_size
-    journal = Twice(name, state_path, data, data.train_images[:n_images])
-    history, _ = train_utils.fit(net, run.recipe, data, pruning=run.pruning, seed=run.seed,
-                                 execution=fastest(net, run.recipe.batch_size, steps),
-                                 journal=journal)
+    journal = functools.partial(Twice, n_images=n_images)
+    history = train_run(name, folder, journal=journal)["history"]
     return {"running": [entry["test_accuracy"] for entry in history],
             "anew": [entry["anew_accuracy"] for entry in history]}
 
@@ -62,10 +61,10 @@ def main(arguments=None):
                         help="training images that statistics are estimated on")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    state = options.out.with_suffix(".resume.pt")
+    if not 1 <= options.images <= 50_000:
+        parser.error(f"--images must be from 1 to 50000, got {options.images}")
     write_json(options.out, {"run": RUN, "images": options.images}
-               | compare(RUN, options.images, state))
-    state.unlink(missing_ok=True)
+               | compare(RUN, options.images))
     return 0
 
 

@@ -38,12 +38,13 @@ def build(name, device=None):
         return net.to(device)
 
 
-def train_run(name, folder=SHIPPED, as_recorded=False):
+def train_run(name, folder=SHIPPED, as_recorded=False, journal=Journal):
     """Train run `name`, or go on with it where it was interrupted; write weights and record.
 
     It runs in the way that is fastest here (see training.execution); as_recorded: in the way of its
-    record, which gives the same bits on the same machine. Returns the record. Raises RecordError
-    unless what it starts from and learns from is trained, in `folder` or among the shipped runs.
+    record, which gives the same bits on the same machine. journal: makes what keeps the training,
+    as Journal does. Returns the record. Raises RecordError unless what it starts from and learns
+    from is trained, in `folder` or among the shipped runs.
     """
     run = get(name)
     net, teacher, start_sha256, teacher_sha256 = build(name), None, None, None
@@ -64,7 +65,7 @@ def train_run(name, folder=SHIPPED, as_recorded=False):
     with execution.in_its_threads():
         history, best_state = train_utils.fit(
             net, run.recipe, data, pruning=run.pruning, teacher=teacher, seed=run.seed,
-            execution=execution, journal=Journal(name, state_path, tag))
+            execution=execution, journal=journal(name, state_path, tag))
     if run.keep == "best":
         net.load_state_dict(best_state)
     save_weights(net, weights_path(name, folder))
