@@ -96,5 +96,13 @@ class ResNetCIFAR(nn.Module):
         """Bits of a weight of the stages, None for float; each layer's own can be set."""
         return self.body_op[0].conv1[0].Nbits
 
+    def stage_layers(self):
+        """Return [(name, layer)] of the stages' FP_Convs, in forward order: what Nbits applies to.
+
+        Names are those within body_op: 0.conv1.0, ..., 8.conv2.0. The projections are among them.
+        """
+        return [(name, layer) for name, layer in self.body_op.named_modules()
+                if isinstance(layer, FP_Conv)]
+
     def forward(self, x):
         return self.final_fc(self.avg_pool(self.body_op(self.head_conv(x))).flatten(1))

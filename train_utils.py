@@ -63,11 +63,11 @@ def fit(net, recipe, data=None, *, pruning=Pruning(), teacher=None, seed=0,
     """Train `net`, in place, as `recipe` and `pruning` say; return (history, best state).
 
     recipe, pruning: see training.recipe; data: a cifar10.CIFAR10 on the net's device, fetched if
-    None; teacher: a net on the same device, if the recipe distills; seed: of order and
-    augmentation; execution: see training.execution; journal: a training.journal.Journal, for a name
-    and a state to go on from. It says what history holds and what is raised; ValueError, too, if
-    the pruning takes more epochs than there are. The best state is that of the best epoch tested,
-    from the last pruning on: before it, a net is not sparse enough to count.
+    None; teacher: a net on the same device, if the recipe distills, put into evaluation mode; seed:
+    of order and augmentation; execution: see training.execution; journal: a training.journal's
+    Journal, for a name and a state to go on from. It says what history holds and what is raised;
+    ValueError, too, if the pruning takes more epochs than there are. The best state is that of the
+    best epoch tested, from the last pruning on: before it, a net is not sparse enough to count.
     """
     if pruning.epochs > recipe.epochs:
         raise ValueError(f"pruning.epochs must be at most recipe.epochs, {recipe.epochs}, "
@@ -211,4 +211,5 @@ def _cached_data(root, device):
 
 def get_data(device):
     """Return CIFAR-10 (cifar10.CIFAR10) on `device`, read once a process and data folder."""
+    device = torch.empty(0, device=device).device  # "cuda" and "cuda:0" are one
     return _cached_data(str(cifar10.default_root()), str(device))

@@ -277,8 +277,9 @@ def main():
     plot(read_sizes(CSV), figures.axes()).figure.savefig(picture, metadata={"Software": None})
     with atomic_write(FIGURE) as file:
         file.write(picture.getvalue())
+    data = compress(load_checkpoint(AS_FILE), *FILES[SMALLEST])
     with atomic_write(SHIPPED / f"{AS_FILE}.rnpq") as file:
-        file.write(compress(load_checkpoint(AS_FILE), *FILES[SMALLEST]))
+        file.write(data)
     return 0
 
 

@@ -10,7 +10,6 @@ in the images/s.
 import argparse
 import functools
 import json
-import os
 import platform
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import cifar10
 import train_utils
 from benchmarks.timing import AssignedProcess, Clock, Pipeline, compared, now
+from experiments.pool import cores
 from experiments.records import weights_path
 from files import replace_section, write_json
 from resnet20 import ResNetCIFAR
@@ -171,7 +171,7 @@ def _parser():
     parser.add_argument("--images", type=int, help="images timed in a round of training")
     parser.add_argument("--warmup", type=int, default=4,
                         help="steps before the clock starts, in each round")
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count(), 16),
+    parser.add_argument("--workers", type=int, default=min(cores(), 16),
                         help="processes of the DataLoader")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it run at all?")

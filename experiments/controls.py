@@ -5,7 +5,7 @@ accuracy.
 import torch
 from torch import nn
 
-from FP_layers import STE, FP_Conv
+from FP_layers import STE
 from training.batches import normalize
 
 __all__ = ["reestimate_statistics", "round_weights"]
@@ -38,7 +38,7 @@ def round_weights(net, Nbits, symmetric=False, centred=False):
     centred: take the mean rounding error of each filter's non-zero weights out again. Its sum is
     what shifts the filter's output; the rounded weights are then off the grid. Raises as STE does.
     """
-    for layer in (m for m in net.body_op.modules() if isinstance(m, FP_Conv)):
+    for _, layer in net.stage_layers():
         w = layer.weight
         rounded, kept = STE.apply(w, Nbits, symmetric), w != 0
         if centred:

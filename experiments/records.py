@@ -1,16 +1,16 @@
 """Where weights and records of runs are, and that they belong to the runs as they are defined."""
 
-import dataclasses
 import hashlib
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from experiments.runs import Run, get
 from files import write_json
 
 __all__ = ["RecordError", "SHIPPED", "RETRAINED", "weights_path", "record_path", "read_record",
-           "write_record", "sha256", "not_trained", "config_of"]
+           "write_record", "sha256", "not_trained"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "checkpoints"
@@ -52,11 +52,6 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def config_of(run):
-    """Return a Run as nested dicts, as its record holds it."""
-    return dataclasses.asdict(run)
-
-
 def _differences(recorded, now, default, prefix=""):
     """Return {setting: (recorded, now)}; a setting that came later is recorded as its default."""
     differ = {}
@@ -81,7 +76,7 @@ def read_record(name, folder=None):
     again = f"train it again: python -m experiments run {name} --force{into}"
     try:
         record = json.loads(path.read_text())
-        differ = _differences(record["config"], config_of(run), config_of(Run("", "")))
+        differ = _differences(record["config"], asdict(run), asdict(Run("", "")))
         written = record["weights_sha256"]
         if missing := USED - record.keys():
             raise KeyError(*sorted(missing))

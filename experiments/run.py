@@ -1,7 +1,7 @@
 """How a run is trained, recorded, resumed and loaded."""
 
 import platform
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -10,8 +10,8 @@ import train_utils
 from arguments import check
 from cifar10 import hold_out
 from experiments.records import (
-    RETRAINED, SHIPPED, RecordError, config_of, not_trained, read_record, record_path, retraining,
-    sha256, weights_path, write_record,
+    RETRAINED, SHIPPED, RecordError, not_trained, read_record, record_path, retraining, sha256,
+    weights_path, write_record,
 )
 from experiments.runs import get
 from FP_layers import Learned, MinMax
@@ -60,16 +60,16 @@ def train_run(name, folder=SHIPPED, as_recorded=False, journal=Journal):
     data = hold_out(data, run.held_out) if run.held_out else data
     state_path = record_path(name, folder).with_suffix(".resume.pt")
     execution = _execution(run, net, len(data.train_images), state_path, folder, as_recorded)
-    tag = {"config": config_of(run), "start_from_sha256": start_sha256,
+    tag = {"config": asdict(run), "start_from_sha256": start_sha256,
            "teacher_sha256": teacher_sha256, "execution": vars(execution)}
+    journal = journal(name, state_path, tag)
     with execution.in_its_threads():
-        history, best_state = train_utils.fit(
-            net, run.recipe, data, pruning=run.pruning, teacher=teacher, seed=run.seed,
-            execution=execution, journal=journal(name, state_path, tag))
+        train_utils.fit(net, run.recipe, data, pruning=run.pruning, teacher=teacher, seed=run.seed,
+                        execution=execution, journal=journal)
     if run.keep == "best":
-        net.load_state_dict(best_state)
+        net.load_state_dict(journal.best["state"])
     save_weights(net, weights_path(name, folder))
-    record = _record(run, net, data, history, tag, folder)
+    record = _record(run, net, data, journal, folder)
     write_record(record, folder)
     state_path.unlink(missing_ok=True)
     return record
@@ -103,22 +103,21 @@ def _execution(run, net, n_images, state_path, folder, as_recorded):
                    threads=torch.get_num_threads() if on_cpu else None)
 
 
-def _record(run, net, data, history, tag, folder):
-    def result(entry):
-        return {key: entry[key] for key in ("epoch", "test_loss", "test_accuracy")}
+def _record(run, net, data, journal, folder):
+    def result(epoch):
+        return {key: history[epoch - 1][key] for key in ("epoch", "test_loss", "test_accuracy")}
 
-    tested = [entry for entry in history
-              if "test_accuracy" in entry and entry["epoch"] >= run.pruning.last_epoch]
+    history = journal.history
     loss, accuracy = train_utils.evaluate(net, data)
     seconds = sum(entry["seconds"] for entry in history)
     device = data.train_images.device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {"name": run.name,
-            **tag,
+            **journal.tag,
             "test_loss": loss,
             "test_accuracy": accuracy,
-            "best": result(max(tested, key=lambda entry: entry["test_accuracy"])),
-            "last": result(tested[-1]),
+            "best": result(journal.best["epoch"]),
+            "last": result(len(history)),
             "sparsity": sparsity(net),
             "layer_sparsity": layer_sparsity(net),
             "weights_sha256": sha256(weights_path(run.name, folder)),

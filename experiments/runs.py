@@ -109,7 +109,7 @@ def _float_ablation_runs():
 
 
 def _improved_ablation_runs():
-    """The improved recipe, part by part: 4 epochs each, or 20 where a name says long."""
+    """The improved recipe, part by part, over 4 epochs, or 20 where a name says long."""
     rate = replace(IMPROVED, distill=0.0)
     short, long = "ablation_float", "ablation_long_float"
     for name, epochs in ((short, 10), (long, 40)):

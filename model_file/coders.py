@@ -82,22 +82,28 @@ def decode(coder, data, alphabets):
             for a in alphabets]
 
 
-def _shifts(alphabet):
-    return np.arange((alphabet.n_levels - 1).bit_length())[::-1]
+def to_bits(values, width):
+    """Return the last `width` bits of integers, the highest first: uint8 along a new last axis."""
+    return (values[..., None] >> np.arange(width)[::-1] & 1).astype(np.uint8)
+
+
+def from_bits(bits):
+    """Return the integers that to_bits makes `bits` from, int64."""
+    return bits @ (1 << np.arange(bits.shape[-1])[::-1])
+
+
+def _width(alphabet):
+    return (alphabet.n_levels - 1).bit_length()
 
 
 def _encode_packed(arrays, alphabets):
-    bits = [(array[:, None] >> _shifts(a) & 1).astype(np.uint8).ravel()
-            for array, a in zip(arrays, alphabets)]
+    bits = [to_bits(array, _width(a)).ravel() for array, a in zip(arrays, alphabets)]
     return np.packbits(np.concatenate([np.zeros(0, np.uint8), *bits])).tobytes()
 
 
 def _decode_packed(data, alphabets):
-    bits, arrays = ByteReader(np.unpackbits(np.frombuffer(data, np.uint8)), "packed bits"), []
-    for a in alphabets:
-        shifts = _shifts(a)
-        arrays.append(bits.take(a.size * len(shifts)).reshape(a.size, -1) @ (1 << shifts))
-    return arrays
+    bits = ByteReader(np.unpackbits(np.frombuffer(data, np.uint8)), "packed bits")
+    return [from_bits(bits.take(a.size * _width(a)).reshape(a.size, _width(a))) for a in alphabets]
 
 
 def _encode_context(arrays, alphabets):

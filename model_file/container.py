@@ -198,8 +198,8 @@ def encode_floats(values, bits):
     highest = 2**bits - 1
     step = _float16((values.max(1, keepdims=True) - low) / highest, np.inf)
     codes = np.round((values - low) / np.where(step > 0, step, 1.0)).clip(0, highest)
-    told = (codes.astype(np.int64)[..., None] >> _shifts(bits) & 1).reshape(len(codes), -1)
-    packed = np.packbits(told.astype(np.uint8), axis=1)
+    told = coders.to_bits(codes.astype(np.int64), bits).reshape(len(codes), -1)
+    packed = np.packbits(told, axis=1)
     return np.hstack([low.view(np.uint8), step.view(np.uint8), packed]).tobytes()
 
 
@@ -214,7 +214,7 @@ def decode_floats(reader, shape, bits):
         told = np.frombuffer(reader.take(rows * width), np.uint8).reshape(rows, width)
         low, step = np.split(told[:, :4].copy().view("<f2").astype(np.float32), 2, axis=1)
         codes = np.unpackbits(told[:, 4:], axis=1, count=columns * bits)
-        codes = codes.reshape(rows, columns, bits) @ (1 << _shifts(bits))
+        codes = coders.from_bits(codes.reshape(rows, columns, bits))
         with np.errstate(invalid="ignore"):  # an infinite step; reported below
             values = low + step * codes.astype(np.float32)
     else:
@@ -223,10 +223,6 @@ def decode_floats(reader, shape, bits):
     if not np.isfinite(values).all():
         raise CompressionError(f"{reader.what} must be finite, got NaN or infinite values")
     return values
-
-
-def _shifts(bits):
-    return np.arange(bits)[::-1]
 
 
 def _float16(values, towards=None):

@@ -7,9 +7,7 @@ __all__ = ["PICTURES", "ReportError", "clean", "described", "read_cells", "shown
 
 PICTURES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
 # Of an output, the best first.
-FORMS = ("text/markdown", *PICTURES, "text/latex", "text/html", "text/plain", "stdout")
-MARKER = re.compile(r"^[ \t]*#[ \t]*(?:NBVAL_[A-Z_]+|PYTEST_VALIDATE_IGNORE_OUTPUT)[ \t]*\n?",
-                    re.MULTILINE)
+FORMS = ("text/markdown", *PICTURES, "text/latex", "text/plain", "stdout")
 OBJECT = re.compile(r"<[\w.]+( object)?[^<>]*>")  # how an object without a form of its own prints
 
 
@@ -88,13 +86,10 @@ def shown(cell, where):
         return [["text/markdown", clean(cell["source"]).strip("\n"), None]]
     parts = []
     if "remove-input" not in tags(cell):
-        parts.append(["code", MARKER.sub("", cell["source"]), None])
+        parts.append(["code", cell["source"], None])
     for output in cell["outputs"] if "remove-output" not in tags(cell) else []:
         forms = output.get("data") or {output.get("name", "nothing"): output.get("text", "")}
         form = next((form for form in FORMS if form in forms), None)
-        plain = "".join(forms.get("text/plain", ""))
-        if form == "text/html" and plain and "<table" not in "".join(forms[form]):
-            form = "text/html" if OBJECT.fullmatch(plain.strip()) else "text/plain"
         text = "".join(forms.get(form, ""))
         if "stderr" in forms or (any("widget" in name for name in forms) and form == "text/plain"):
             continue  # a live bar has no useful text form

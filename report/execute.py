@@ -20,13 +20,16 @@ __all__ = ["execute"]
 def execute(paths, out=None, jobs=None):
     """Execute notebooks, each in its folder, and write them with their outputs to the folder `out`.
 
-    out: None, in place. jobs: how many at once; None, as many as there are cores. The cores are
-    shared out, unless OMP_NUM_THREADS is set. Uses the kernel of the running Python, whatever
-    kernel a notebook names. At the first notebook that fails the others are stopped: raises
-    ReportError with the notebook, the cell and its error; what was not finished is untouched.
+    out: None, in place. jobs: how many at once; None, as many as this process may use cores. The
+    cores are shared out, unless OMP_NUM_THREADS is set. Uses the kernel of the running Python,
+    whatever kernel a notebook names. At the first notebook that fails the others are stopped:
+    raises ReportError with the notebook, the cell and its error; what was not finished is
+    untouched.
     """
-    jobs = min(jobs or os.cpu_count(), len(paths))
-    env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs)), **os.environ}
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    jobs = min(jobs or cores, len(paths))
+    env = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ}
 
     async def all_of_them():
         free = asyncio.Semaphore(jobs)

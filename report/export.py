@@ -19,7 +19,6 @@ import typst
 
 from files import atomic_write
 from report.cells import PICTURES, ReportError, clean, described, read_cells, shown, tags
-from report.formulas import quote_words
 from report.markup import Piece, Refusal, literal, pandoc, parse, raw
 
 __all__ = ["DOCUMENTS", "ReportError", "export", "typeset"]
@@ -59,8 +58,6 @@ def pieces_of(cell, where, figures, folder=Path()):
             if i == 0 or parts[i - 1][0] not in PICTURES:
                 group = itertools.takewhile(lambda part: part[0] in PICTURES, parts[i:])
                 yield _figure(group, cell, where, figures)
-        elif form == "text/html":
-            yield Piece("html", text, where, folder)
         elif form in ("text/markdown", "text/latex"):
             yield Piece("markdown", text, where, folder, cell.get("attachments", {}))
         else:  # what a cell shows begins on the page where its code ends, unless the code is long
@@ -179,7 +176,7 @@ def _compile(pieces, figures, options):
     figures = list(figures)
     page, blocks = contents(parse(pieces, figures))
     tree = {"pandoc-api-version": [1, 23], "meta": {}, "blocks": page + kept_with_next(blocks)}
-    body = quote_words(pandoc(json.dumps(tree), "json", "typst"))
+    body = pandoc(json.dumps(tree), "json", "typst")
     with tempfile.TemporaryDirectory() as folder:
         for number, (ending, picture) in enumerate(figures):
             Path(folder, f"{number}.{ending}").write_bytes(picture)

@@ -1,7 +1,4 @@
-"""Markdown and HTML as Typst. Nothing of a notebook is ever read as code.
-
-All text reaches Typst as string literals; formulas.py sees to the words in formulas.
-"""
+"""Markdown as Typst. Text outside formulas reaches it as string literals: none is read as code."""
 
 import base64
 import binascii
@@ -14,9 +11,12 @@ from typing import NamedTuple
 import pypandoc
 
 from report.cells import PICTURES, ReportError, clean
-from report.formulas import define_macros, mark_dollars, without_marks
 
 __all__ = ["Piece", "Refusal", "literal", "pandoc", "parse", "raw"]
+
+DOLLARS = re.compile(
+    r"(^(?:```|~~~)[\s\S]*?^(?:```|~~~)|`[^`\n]*`|\\\$|\$\$[\s\S]*?\$\$)"  # left as it is
+    r"|\$((?:[^$\\\n]|\\[\s\S]|\n(?!\s*\n))+?)\$(?=(\d?))", re.MULTILINE)
 
 
 class Refusal(ReportError):
@@ -24,7 +24,7 @@ class Refusal(ReportError):
 
 
 class Piece(NamedTuple):
-    """Part of a document: `text` in `form` "markdown", "html" or "typst", and where it is from."""
+    """Part of a document: `text` in `form` "markdown" or "typst", and where it is from."""
 
     form: str
     text: str
@@ -56,8 +56,7 @@ def pandoc(text, source, target):
         return pypandoc.convert_text(text, target, source, extra_args=arguments,
                                      verify_format=False)
     except RuntimeError as error:
-        message = without_marks(str(error))
-        raise Refusal(f"pandoc refused it, mend it in the notebook: {message}") from error
+        raise Refusal(f"pandoc refused it, mend it in the notebook: {error}") from error
 
 
 def parse(pieces, figures):
@@ -65,16 +64,13 @@ def parse(pieces, figures):
 
     Raises ReportError, naming the piece, for what would be lost, and Refusal.
     """
-    markdown = [piece for piece in pieces if piece.form == "markdown"]
-    trees = _read_markdown(markdown)
-    define_macros(trees, markdown)
-    trees, blocks = iter(trees), []
+    trees = iter(_read_markdown([piece for piece in pieces if piece.form == "markdown"]))
+    blocks = []
     for piece in pieces:
         if piece.form == "typst":
             blocks.append(raw("Block", piece.text))
             continue
-        tree = next(trees) if piece.form == "markdown" else _read_html(piece.text)
-        tree = rewrite(tree, piece, figures)
+        tree = rewrite(next(trees), piece, figures)
         if piece.call:
             if [block["t"] for block in tree] != ["Para"]:
                 raise ReportError(f"{piece.where} has a caption that is not one paragraph")
@@ -93,20 +89,27 @@ def _read_markdown(pieces):
     return [div["c"][1] for div in json.loads(tree)["blocks"]]
 
 
-def _read_html(text):
-    return json.loads(pandoc(text, "html-auto_identifiers", "json"))["blocks"]
+def mark_dollars(text):
+    """Return Markdown in which pandoc takes for formulas what Jupyter does.
+
+    Jupyter allows blanks inside the dollars and a digit behind them.
+    """
+
+    def marked(match):
+        if match[1] is not None:
+            return match[0]
+        return f"${match[2].strip()}$" + ("<!-- -->" if match[3] else "")
+
+    return DOLLARS.sub(marked, text)
 
 
 # ---------------------------------------------------------------- text as literals
-
-TAGS = {"b": "strong", "strong": "strong", "i": "emph", "em": "emph", "u": "underline",
-        "sub": "sub", "sup": "super", "s": "strike", "del": "strike"}
 
 
 def rewrite(node, piece, figures):
     """Return a pandoc node with all text as Typst strings and all pictures in `figures`."""
     if isinstance(node, list):
-        return _balanced([rewrite(child, piece, figures) for child in _with_units(node)])
+        return [rewrite(child, piece, figures) for child in _with_units(node)]
     if not isinstance(node, dict) or "c" not in node:
         return node
     kind, content = node["t"], node["c"]
@@ -120,11 +123,13 @@ def rewrite(node, piece, figures):
     if kind == "CodeBlock":
         language = literal((content[0][1] or ["text"])[0])
         return raw("Block", f"#code({literal(content[1])}, lang: {language})")
-    if kind == "RawBlock":
-        return {"t": "Div", "c": [["", [], []],
-                                  rewrite(_read_html(content[1]), piece, figures)]}
-    if kind == "RawInline":
-        return _inline_html(content[1], piece, figures)
+    if kind in ("RawBlock", "RawInline"):
+        if re.fullmatch(r"<br ?/?>", content[1]):
+            return {"t": "LineBreak"}
+        if not content[1].startswith("<!--"):
+            raise ReportError(f"{piece.where} has HTML, {content[1].strip()[:40]!r}, in its "
+                              "Markdown: write it as Markdown, or draw it in a code cell")
+        return raw(kind.removeprefix("Raw"), "")
     if kind == "Image":
         return _image(content, piece, figures)
     if kind == "Link" and not re.match(r"(https?|mailto):", content[2][0]):
@@ -139,36 +144,6 @@ def _with_units(nodes):
             if kind in ("Space", "SoftBreak") and kinds[i - 1:i] + kinds[i + 1:i + 2] == ["Str"] * 2
             and nodes[i - 1]["c"][-1:].isdigit() and nodes[i + 1]["c"].startswith("%")
             else nodes[i] for i, kind in enumerate(kinds)]
-
-
-def _balanced(nodes):
-    """Return rewritten nodes without ends of HTML tags that none opened, and with those missing."""
-    kept, opened = [], 0
-    for node in nodes:
-        text = node["c"][1] if isinstance(node, dict) and node["t"] == "RawInline" else ""
-        opened += text.endswith("[") - (text == "]")
-        if opened >= 0:
-            kept.append(node)
-        opened = max(opened, 0)
-    return kept + [raw("Inline", "]")] * opened
-
-
-def _inline_html(text, piece, figures):
-    """Return one tag of inline HTML, as a pandoc node. Raises ReportError for one that is unknown.
-    """
-    match = re.fullmatch(r"<(/?)(\w+)[^>]*>", text, re.DOTALL)
-    name = match[2].lower() if match else ""
-    if text.startswith("<!--") or name in ("center", "span", "font", "a", "p", "div"):
-        return raw("Inline", "")
-    if name == "br":
-        return raw("Inline", "#linebreak();")
-    if name in TAGS:
-        return raw("Inline", "]" if match[1] else f"#{TAGS[name]}[")
-    if name == "img":
-        inlines = [inline for block in _read_html(text) for inline in block["c"]]
-        return {"t": "Span", "c": [["", [], []], rewrite(inlines, piece, figures)]}
-    raise ReportError(f"{piece.where} has HTML, {text.strip()[:40]!r}, in its Markdown: draw it in "
-                      "a code cell, or write it as Markdown")
 
 
 def _image(content, piece, figures):

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.stats import entropy
 
 from experiments.records import weights_path
-from model_file import coders, context_model
+from model_file import context_model
 from model_file.coders import CODERS, Alphabet, ByteReader, CompressionError, decode, encode
 from model_file.range_coder import ONE, RangeDecoder, RangeEncoder
 
@@ -333,4 +333,3 @@ def test_a_reader_takes_what_is_there_and_says_what_is_not():
 
 def test_error_is_a_value_error():
     assert issubclass(CompressionError, ValueError)
-    assert coders.MAX_LEVELS == 257

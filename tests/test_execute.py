@@ -70,7 +70,7 @@ print(os.path.exists('here {other}'), os.environ['OMP_NUM_THREADS'])
 @pytest.mark.parametrize("cores, set_to, threads", [(2, None, "1"), (9, None, "4"), (9, "3", "3")])
 def test_several_are_executed_at_once_and_share_the_cores(tmp_path, monkeypatch, cores, set_to,
                                                           threads):
-    monkeypatch.setattr("report.execute.os.cpu_count", lambda: cores)
+    monkeypatch.setattr("report.execute.os.sched_getaffinity", lambda pid: range(cores))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if set_to:
         monkeypatch.setenv("OMP_NUM_THREADS", set_to)

@@ -111,6 +111,7 @@ def test_the_data_are_read_once_for_each_folder(monkeypatch, tmp_path):
 
     a, b = get("a"), get("b")
     assert get("a") is a is not b and get("b") is b
+    assert train_utils.get_data("cpu:0") is train_utils.get_data("cpu") is b  # one device
     assert loads == [(str(tmp_path / name), "cpu") for name in "ab"]
     train_utils._cached_data.cache_clear()
 

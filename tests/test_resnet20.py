@@ -186,10 +186,3 @@ def test_a_block_projects_its_shortcut_where_shapes_differ(in_chs, out_chs, stri
 
 def test_any_integer_type_counts_layers():
     assert len(ResNetCIFAR(num_layers=np.int64(14)).body_op) == 6
-
-
-@pytest.mark.parametrize("num_layers", [0, 2, 18, 19, 21, -4, None, "20", 20.0])
-def test_an_impossible_depth_is_refused(num_layers):
-    with pytest.raises(ValueError, match="num_layers must be 6n") as caught:
-        ResNetCIFAR(num_layers=num_layers)
-    assert repr(num_layers) in str(caught.value)

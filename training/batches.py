@@ -87,9 +87,6 @@ class Batches:
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.seed, self.epoch, self.augment, self.cutout = seed, epoch, augment, cutout
 
-    def __len__(self):
-        return -(-len(self.images) // self.batch_size)
-
     def __iter__(self):
         if not self.augment:
             pairs = zip(self.images.split(self.batch_size), self.labels.split(self.batch_size))

@@ -26,14 +26,14 @@ class Journal:
 
     `history` has a dict an epoch: epoch, lr (SGD's at its start), train_loss, train_accuracy,
     seconds and, where tested, test_loss, test_accuracy (fractions) and sparsity. `best` has
-    "accuracy" and "state" of the best epoch tested.
+    "epoch", "accuracy" and "state" of the best epoch tested.
     """
 
     def __init__(self, name="training", state_path=None, tag=None, log_every_n=50):
         check(COUNT, log_every_n=log_every_n)
         self.name, self.state_path, self.tag = name, state_path, tag
         self.log_every_n = log_every_n
-        self.history, self.best = [], {"accuracy": -1.0, "state": None}
+        self.history, self.best = [], {"epoch": None, "accuracy": -1.0, "state": None}
 
     @contextmanager
     def of(self, net, optimizer, recipe, steps):
@@ -74,7 +74,8 @@ class Journal:
         if not (math.isfinite(entry["train_loss"]) and _is_finite(self.net)):
             raise FloatingPointError
         if may_be_best and entry.get("test_accuracy", -1) > self.best["accuracy"]:
-            self.best = {"accuracy": entry["test_accuracy"], "state": snapshot(self.net)}
+            self.best = {"epoch": epoch, "accuracy": entry["test_accuracy"],
+                         "state": snapshot(self.net)}
         now = time.perf_counter()
         rate = self.recipe.lr * self.recipe.rate((epoch - 1) / self.recipe.epochs)
         entry = {"epoch": epoch, "lr": rate, **entry, "seconds": now - self.started}
