@@ -124,11 +124,12 @@ def rewrite(node, piece, figures):
         language = literal((content[0][1] or ["text"])[0])
         return raw("Block", f"#code({literal(content[1])}, lang: {language})")
     if kind in ("RawBlock", "RawInline"):
-        if re.fullmatch(r"<br ?/?>", content[1]):
+        html = re.sub(r"<!--.*?(-->|\Z)", "", content[1], flags=re.DOTALL).strip()
+        if kind == "RawInline" and re.fullmatch(r"<br ?/?>", html):
             return {"t": "LineBreak"}
-        if not content[1].startswith("<!--"):
-            raise ReportError(f"{piece.where} has HTML, {content[1].strip()[:40]!r}, in its "
-                              "Markdown: write it as Markdown, or draw it in a code cell")
+        if html:
+            raise ReportError(f"{piece.where} has HTML, {html[:40]!r}, in its Markdown: write it "
+                              "as Markdown, or draw it in a code cell")
         return raw(kind.removeprefix("Raw"), "")
     if kind == "Image":
         return _image(content, piece, figures)

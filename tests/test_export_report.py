@@ -552,6 +552,7 @@ def refused(tmp_path):
         (new_markdown_cell("H<sub>2</sub>O"), "cell 2 has HTML, '<sub>'"),
         (new_markdown_cell("<table><tr><td>1</td></tr></table>"), "cell 2 has HTML, '<table>"),
         (new_markdown_cell('<img src="plot.png" width="90"> x'), "cell 2 has HTML, '<img src"),
+        (new_markdown_cell("<!-- a --> <!-- b\n\n--> <table></table>"), "cell 2 has HTML, '<tab"),
         (code("x", display(text_html="<b>x</b>")), "cell 2 shows only text/html"),
         (
             new_markdown_cell("\\begin{align} a &= b \\end{align}"),
