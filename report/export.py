@@ -118,24 +118,31 @@ def contents(blocks):
 
 def kept_with_next(blocks):
     """Return blocks in which a text stays on the page of what it leads to: a question with its
-    answer, a sentence with its table, figure or output.
+    answer, a sentence with its table, figure or output. An answer is not split.
     """
     kept = []
     for block, following in itertools.zip_longest(blocks, blocks[1:]):
         if block["t"] == "Para" and following is not None and _is_led_to(following):
             kept += [raw("Block", "#leading["), block, raw("Block", "]")]
+        elif _is_answer(block):
+            kept += [raw("Block", "#whole["), block, raw("Block", "]")]
         else:
             kept.append(block)
     return kept
 
 
+def _is_answer(block):
+    """Return whether a block is a paragraph that opens in bold with "Answer"."""
+    first = block["c"][0] if block["t"] == "Para" and block["c"] else {"t": ""}
+    return first["t"] == "Strong" and first["c"][:1] in (
+        [raw("Inline", '#"Answer.";')], [raw("Inline", '#"Answer:";')])
+
+
 def _is_led_to(block):
     """Return whether a block is an answer, a table, a figure or an output."""
     first = block["c"][0] if block["t"] in ("Para", "Plain") and block["c"] else block
-    if first["t"] == "Strong":
-        return first["c"][:1] in ([raw("Inline", '#"Answer.";')], [raw("Inline", '#"Answer:";')])
     call = first["c"][1] if first["t"].startswith("Raw") else ""
-    return first["t"] == "Table" or call.startswith(("#drawn(", "#output("))
+    return _is_answer(block) or first["t"] == "Table" or call.startswith(("#drawn(", "#output("))
 
 
 def _bold_opening(block):

@@ -505,6 +505,16 @@ def test_a_text_stays_with_what_it_leads_to(read, led_to):
     assert all(page.count("LEADS") == page.count("LEDTO") for page in pages)
 
 
+def test_an_answer_is_not_split(read):
+    cells = [new_markdown_cell("# T")]
+    for i in range(60):
+        cells.append(new_markdown_cell("filler\n\n" * (i % 7 + 20)))
+        cells.append(new_markdown_cell("**Answer.** BEGIN " + "word " * 70 + "END."))
+    pages = [page.extract_text() for page in list(read(cells).pages)[1:]]
+    assert sum(page.count("BEGIN") for page in pages) == 60
+    assert all(page.count("BEGIN") == page.count("END") for page in pages)
+
+
 def test_no_line_ends_before_a_percent_sign_or_within_an_option(read):
     percents = " and ".join("word " * (i % 7) + f"93.{i} % of" for i in range(60))
     options = " and ".join("word " * (i % 7) + "`run -m name --int8`" for i in range(60))
