@@ -59,7 +59,10 @@ def main(arguments=None):
 
     A machine that does not multiply bfloat16, or not rightly, has nothing to compare.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.seeds < 2:  # before hours of training, not after
+        parser.error(f"--seeds must be at least 2, got {options.seeds}")
     net = ResNetCIFAR(20).to(options.device)
     if not (has_bf16(torch.device(options.device)) and bf16_is_right(net)):
         print("This machine does not multiply bfloat16, or not rightly: nothing to compare.")

@@ -59,3 +59,10 @@ def test_a_machine_without_bfloat16_says_so(monkeypatch, tmp_path, capsys):
     assert precision.main(["--out", str(tmp_path / "p.json")]) == 0
     assert "does not multiply bfloat16" in capsys.readouterr().out
     assert not (tmp_path / "p.json").exists()
+
+
+@pytest.mark.parametrize("seeds", [0, 1])
+def test_too_few_seeds_for_a_standard_error_are_refused(seeds, capsys):
+    with pytest.raises(SystemExit):
+        precision.main(["--seeds", str(seeds)])
+    assert f"--seeds must be at least 2, got {seeds}" in capsys.readouterr().err
