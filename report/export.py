@@ -61,10 +61,26 @@ def pieces_of(cell, where, figures, folder=Path()):
         elif form in ("text/markdown", "text/latex"):
             yield Piece("markdown", text, where, folder, cell.get("attachments", {}))
         else:  # what a cell shows begins on the page where its code ends, unless the code is long
-            keep = "true" if i < len(parts) - 1 and text.count("\n") < 20 else "false"
+            follows = parts[i + 1][0] if i + 1 < len(parts) else None
+            leads = follows and not (form == "code" and follows in PICTURES)  # see figures_first
+            keep = "true" if leads and text.count("\n") < 20 else "false"
             call, lang = ("code", '"python"') if form == "code" else ("output", "none")
             text = f"#{call}({literal(text)}, lang: {lang}, keep: {keep})"
             yield Piece("typst", text, where)
+
+
+def figures_first(pieces):
+    """Return pieces in which the figures that follow listings stand before them."""
+    ordered, listings = [], []
+    for piece in pieces:
+        if piece.text.startswith("#code("):
+            listings.append(piece)
+        elif "#drawn(" in (piece.call or piece.text)[:7]:
+            ordered.append(piece)
+        else:
+            ordered += [*listings, piece]
+            listings = []
+    return ordered + listings
 
 
 def _figure(pictures, cell, where, figures):
@@ -74,7 +90,7 @@ def _figure(pictures, cell, where, figures):
         names.append(f'"{len(figures)}.{PICTURES[form]}"')
         figures.append((PICTURES[form], text.encode() if form == "image/svg+xml"
                         else base64.b64decode(text)))
-    alt = literal(alt or "Figure drawn by the code above")
+    alt = literal(alt or "Figure drawn by the code of this cell")
     call = f"#drawn(({', '.join(names)},), alt: {alt})"
     return Piece("markdown", caption, where, call=call) if caption else Piece("typst", call, where)
 
@@ -104,7 +120,7 @@ def contents(blocks):
             attributes[0] = f"problem{len(rows)}"
             rows.append({"level": level, "points": points, "inlines": inlines, "result": []})
         elif rows and not rows[-1]["result"]:
-            rows[-1]["result"] = _bold_opening(block)
+            rows[-1]["result"] = _result(block)
     page = []
     for number, row in enumerate(rows):
         call = f'#entry({row["level"]}, "{row["points"]}", <problem{number}>)['
@@ -118,11 +134,12 @@ def contents(blocks):
 
 def kept_with_next(blocks):
     """Return blocks in which a text stays on the page of what it leads to: a question with its
-    answer, a sentence with its table, figure or output. An answer is not split.
+    answer, a sentence with its table, figure or output. Neither it nor an answer is split.
     """
-    kept = []
-    for block, following in itertools.zip_longest(blocks, blocks[1:]):
-        if block["t"] == "Para" and following is not None and _is_led_to(following):
+    kept, asked = [], _questions(blocks)
+    for i, (block, following) in enumerate(itertools.zip_longest(blocks, blocks[1:])):
+        leads = block["t"] == "Para" and following is not None and _is_led_to(following)
+        if leads or i in asked:
             kept += [raw("Block", "#leading["), block, raw("Block", "]")]
         elif _is_answer(block):
             kept += [raw("Block", "#whole["), block, raw("Block", "]")]
@@ -131,10 +148,21 @@ def kept_with_next(blocks):
     return kept
 
 
+def _questions(blocks):
+    """Return the places of all paragraphs between a heading and the answer to it."""
+    places = set()
+    for answer in (i for i, block in enumerate(blocks) if _is_answer(block)):
+        first = answer
+        while first and blocks[first - 1]["t"] == "Para":
+            first -= 1
+        if first and blocks[first - 1]["t"] == "Header":
+            places.update(range(first, answer))
+    return places
+
+
 def _is_answer(block):
     """Return whether a block is a paragraph that opens in bold with "Answer"."""
-    first = block["c"][0] if block["t"] == "Para" and block["c"] else {"t": ""}
-    return first["t"] == "Strong" and first["c"][:1] in (
+    return _bold_opening(block)[:1] in (
         [raw("Inline", '#"Answer.";')], [raw("Inline", '#"Answer:";')])
 
 
@@ -146,11 +174,14 @@ def _is_led_to(block):
 
 
 def _bold_opening(block):
-    """Return, as inlines, "True" of a paragraph that opens in bold "True.", X of "Answer: X."."""
+    """Return the inlines of a paragraph's bold opening, [] without one."""
     first = block["c"][0] if block["t"] == "Para" and block["c"] else {"t": ""}
-    if first["t"] != "Strong":
-        return []
-    inlines = first["c"]
+    return first["c"] if first["t"] == "Strong" else []
+
+
+def _result(block):
+    """Return, as inlines, "True" of a paragraph that opens in bold "True.", X of "Answer: X."."""
+    inlines = _bold_opening(block)
     word = inlines[0]["c"][1] if inlines and inlines[0]["t"] == "RawInline" else ""
     if word in ('#"True.";', '#"False.";'):
         return [raw("Inline", word.replace('.";', '";'))]
@@ -169,6 +200,7 @@ def typeset(document, source, student="", netid="", date=None):
         pieces.append(Piece("typst", "#pagebreak(weak: true)", str(path)))
         for number, cell in part_of(read_cells(path), document):
             pieces += pieces_of(cell, f"{path}, cell {number}", figures, path.parent)
+    pieces = figures_first(pieces)
     inputs = {"title": title, "cover": cover, "student": clean(student).strip(),
               "netid": clean(netid).strip(), "date": f"date = {date:%Y-%m-%d}"}
     options = {"sys_inputs": inputs, "timestamp": int(date.timestamp())}

@@ -495,7 +495,7 @@ def test_a_figure_stays_on_the_page_of_its_code(read):
     display(text_markdown="**Answer: LEDTO** it is.", text_plain="A"),
 ], ids=["table", "output", "figure", "answer", "answer of Lab 1"])
 def test_a_text_stays_with_what_it_leads_to(read, led_to):
-    cells = [new_markdown_cell("# T")]
+    cells = [new_markdown_cell("# T"), code("no_question")]
     for i in range(60):  # the room left on the page differs each time
         cells += [new_markdown_cell("filler\n\n" * (i % 7 + 20)), new_markdown_cell("LEADS here."),
                   captioned(code("t", led_to), "LEDTO.", "alt")]
@@ -503,6 +503,27 @@ def test_a_text_stays_with_what_it_leads_to(read, led_to):
     pages = [page.extract_text() for page in list(read(cells).pages)[1:]]
     assert sum(page.count("LEADS") for page in pages) == 60
     assert all(page.count("LEADS") == page.count("LEDTO") for page in pages)
+
+
+def test_a_question_and_its_answer_are_on_one_page(read):
+    cells = [new_markdown_cell("# T")]
+    for i in range(60):
+        cells.append(new_markdown_cell("filler\n\n" * (i % 7 + 20)))
+        asked = "ASKED " + "word " * 40 + "\n\n$$ W = 1 $$\n\n" + "word " * 20
+        cells.append(new_markdown_cell(f"## Question\n\n{asked}\n\nPlot it.\n\n**Answer.** DONE."))
+    pages = [page.extract_text() for page in list(read(cells).pages)[2:]]
+    assert sum(page.count("ASKED") for page in pages) == 60
+    assert all(page.count("ASKED") == page.count("DONE") for page in pages)
+
+
+def test_figures_stand_before_the_listings_that_lead_to_them(read):
+    drawing = captioned(code("plot(1)", figure(), figure()), "DRAWN one.", "alt")
+    printing = captioned(code("plot(2)", stdout("printed"), figure()), "DRAWN two.", "alt")
+    text = text_of(read([new_markdown_cell("# T"), code("alone()"), new_markdown_cell("Text."),
+                         code("def first"), code("def second"), drawing, printing]))
+    order = ("alone()", "Text.", "DRAWN one.", "def first", "def second", "plot(1)", "plot(2)",
+             "printed", "DRAWN two.")
+    assert sorted(order, key=text.index) == list(order)
 
 
 def test_an_answer_is_not_split(read):
@@ -875,7 +896,8 @@ def test_figures_are_numbered_and_captioned(read):
     text = flat(text_of(reader))
     assert re.findall(r"Figure(\d+)\.", text) == ["1", "2", "3"]
     assert "Figure1.One𝑥1is." in text and 'Figure3.Nasty#"$*]#x.' in text
-    assert alternative_texts(reader) == ["Figure drawn by the code above", "first", "second", NASTY]
+    assert alternative_texts(reader) == [
+        "Figure drawn by the code of this cell", "first", "second", NASTY]
     tops = [top for page in reader.pages for *_, top in drawn(page)[1]]
     assert len(tops) == 6 and tops[2] == tops[3] > tops[4]  # of three, two stand side by side
     for page in list(reader.pages)[2:]:
@@ -959,6 +981,17 @@ def test_own_pages_are_filled(own):
         lowest = min([y, *(lower for *_, lower in pictures)])
         assert number + 1 in starts or lowest < (0.95 + 9.05 / 2) * 72, number + 1
         assert lowest < y or size not in (11, 13), number + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", ["report.pdf"], indirect=True)
+def test_own_questions_of_lab_1_have_answer_figure_and_code_in_this_order(own):
+    lab_1 = own[2].split("(a) Gradient of the loss and the update")[2].split("3 Lab 2")[0]
+    parts = re.split(r"\n\([b-f]\) .*\(\d points\)", lab_1)[1:]
+    assert len(parts) == 5
+    for part in parts:
+        at = [part.index(word) for word in ("Answer:", "Figure", "def ")]
+        assert at == sorted(at), part
 
 
 @pytest.mark.slow
