@@ -48,7 +48,9 @@ def raw(kind, text):
 
 
 def pandoc(text, source, target):
-    """Return text converted. Raises Refusal even on a warning, as for an unreadable formula."""
+    """Return text converted. Raises Refusal even on a warning, as for an unreadable formula, and
+    ReportError where no pandoc runs.
+    """
     # With many columns, tables get no widths of pandoc's. To verify the formats, which are ours,
     # is to start pandoc twice more.
     arguments = ["--wrap=none", "--columns=100000", "--fail-if-warnings"]
@@ -57,6 +59,9 @@ def pandoc(text, source, target):
                                      verify_format=False)
     except RuntimeError as error:
         raise Refusal(f"pandoc refused it, mend it in the notebook: {error}") from error
+    except OSError as error:  # pypandoc tries its own and that of PATH
+        raise ReportError("no pandoc runs on this machine: install one, on a Mac with `brew "
+                          f"install pandoc`, and export again: {error}") from error
 
 
 def parse(pieces, figures):

@@ -12,6 +12,7 @@ import sys
 
 import nbformat
 import numpy as np
+import pypandoc
 import pytest
 import typst
 from fontTools.fontBuilder import FontBuilder
@@ -1031,6 +1032,12 @@ def test_an_error_names_notebook_and_cell_and_prints_no_data_uri(write, refused)
             r"(?s)hw4\.ipynb, cell 1: (?!.*A{60})")
     refused(write([], [], [new_markdown_cell("# T"), new_markdown_cell(r"$\\nosuchmacro{x}$")]),
             r"hw4\.ipynb, cell 2: .*nosuchmacro")
+
+
+def test_a_machine_on_which_no_pandoc_runs_is_told_what_to_install(write, refused, monkeypatch):
+    monkeypatch.setattr(pypandoc, "__pandoc_path", None)  # what an earlier export found
+    monkeypatch.setenv("PYPANDOC_PANDOC", os.devnull)  # there, but no program
+    refused(write([new_markdown_cell("# T")]), "no pandoc runs .* `brew install pandoc`")
 
 
 def test_a_code_cell_without_outputs_is_an_error_of_ours(write, refused):
