@@ -82,8 +82,7 @@ results: environment data
 	$(ALLOCATOR) $(BIN)/python -m benchmarks.sizes
 
 clean:
-	test ! -d build || find build -mindepth 1 -maxdepth 1 ! -name trained ! -name retrained -exec rm -rf {} +
-	rm -rf report.pdf further.pdf handin *.part */*.part checkpoints/ablation/*.part .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__
+	rm -rf build/lock build/*.ipynb report.pdf further.pdf handin *.part */*.part checkpoints/ablation/*.part .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__
 
 distclean: clean
 	rm -rf $(VENV) data build

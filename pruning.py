@@ -25,8 +25,9 @@ def prunable_layers(net):
 def percentile(magnitudes, q):
     """Return the q-th percentile of a tensor: of two neighbours, the lower.
 
-    What is at or below it is at or below np.percentile's interpolated value too, and nothing else
-    is. Raises ValueError if q is outside 0 to 100, there is no element, or one is NaN or infinite.
+    Save for rounding, what is at or below it is at or below np.percentile's interpolated value too,
+    and nothing else is. Raises ValueError if q is outside 0 to 100, there is no element, or one is
+    NaN or infinite.
     """
     check(PERCENTAGE, q=q)
     if magnitudes.numel() == 0:
@@ -80,9 +81,9 @@ def prune_before_epoch(net, pruning, epoch):
 
 
 def weight_masks(net):
-    """Return {name: mask} of the prunable layers: 1 where a weight is kept, 0 where it is zero."""
-    return {name: (layer.weight.detach() != 0).to(layer.weight.dtype)
-            for name, layer in prunable_layers(net)}
+    """Return a mask for each prunable layer: 1 where a weight is kept, 0 where it is zero."""
+    return [(layer.weight.detach() != 0).to(layer.weight.dtype)
+            for _, layer in prunable_layers(net)]
 
 
 def apply_masks(net, masks):
@@ -90,12 +91,11 @@ def apply_masks(net, masks):
 
     Raises ValueError if the masks are those of other layers.
     """
-    layers = dict(prunable_layers(net))
-    if layers.keys() != masks.keys():
-        raise ValueError("masks must name the net's prunable layers, got "
-                         f"{sorted(layers.keys() ^ masks.keys())} amiss")
+    weights = [layer.weight for _, layer in prunable_layers(net)]
+    if [mask.shape for mask in masks] != [weight.shape for weight in weights]:
+        raise ValueError("masks must be those of the net's prunable layers, got other shapes")
     with torch.no_grad():
-        torch._foreach_mul_([layers[name].weight for name in masks], list(masks.values()))
+        torch._foreach_mul_(weights, masks)
 
 
 def sparsity(module):

@@ -4,7 +4,7 @@ from numbers import Integral
 
 import torch.nn as nn
 
-from FP_layers import FP_Conv, FP_Linear, MinMax, check_n_bits
+from FP_layers import FP_Conv, FP_Linear, MinMax
 
 __all__ = ["ResNet_Block", "ResNetCIFAR"]
 
@@ -71,8 +71,7 @@ class ResNetCIFAR(nn.Module):
             )
         if not isinstance(width, Integral) or isinstance(width, bool) or width < 1:
             raise ValueError(f"width must be a positive integer, got {width!r}")
-        self.num_layers, self.width = num_layers, width
-        Nbits = check_n_bits(Nbits, symmetric)
+        self.num_layers, self.width = int(num_layers), int(width)
 
         self.head_conv = nn.Sequential(
             FP_Conv(3, width, kernel_size=3, stride=1, padding=1, bias=False, Nbits=None),

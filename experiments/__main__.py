@@ -35,15 +35,16 @@ def _parser():
         "run", help="train runs that are not trained yet; an interrupted one goes on"
     )
     run.add_argument("names", nargs="+", metavar="NAME", help="names from `list`, or all")
-    run.add_argument("--force", action="store_true", help="train again what is trained already")
+    run.add_argument("--force", action="store_true",
+                     help="train one run again that is trained already; for more, --into a folder")
     run.add_argument("--into", type=_folder, default=SHIPPED, metavar="FOLDER",
                      help="where weights and records go, and parents are looked for first "
                           "(default: checkpoints)")
     run.add_argument("--seeds", type=_count, default=1, metavar="N",
                      help="train each with N seeds: NAME, NAME@1, ...")
     run.add_argument("--jobs", type=_count, metavar="N",
-                     help="runs at once, one thread each (default: a single run takes all cores, "
-                          "several take one each)")
+                     help="runs at once (default: one for each core, on a GPU one); several take "
+                          "one thread each, a single one takes all cores")
     run.add_argument("--as-recorded", action="store_true",
                      help="in the precision of its record, not the fastest: the same bits again")
     return parser
@@ -82,6 +83,9 @@ def _run(options):
         raise ValueError(f"--seeds must be 1 where a name has a seed, got {options.seeds}")
     seeds = ["", *(f"@{seed}" for seed in range(1, options.seeds))]
     asked = list(dict.fromkeys(get(name + seed).name for seed in seeds for name in names))
+    if options.force and len(asked) > 1:  # interrupted, it could not tell what it has done
+        raise ValueError(f"--force takes one run, got {len(asked)}; to train more of them again, "
+                         "name an empty folder with --into")
     records = {name: None if options.force else read_record(name, options.into) for name in asked}
     wanted = {name for name in asked if records[name] is None}
     # what the ablation trains from is trained again where its weights are not: none are shipped

@@ -12,19 +12,22 @@ __all__ = ["reestimate_statistics", "round_weights"]
 
 
 @torch.no_grad()
-def reestimate_statistics(net, images, batch_size=256):
+def reestimate_statistics(net, images):
     """Estimate the BatchNorm statistics of `net`, in place, anew on `images`; return the net.
 
     images: uint8, (N, 3, 32, 32), on the net's device. No weight is touched. The statistics are
-    means over the batches; the net ends in evaluation mode.
+    means over batches of 256; the net ends in evaluation mode. Raises ValueError if there is no
+    image; the net is unchanged then.
     """
+    if not len(images):
+        raise ValueError("images must have at least one image, got none")
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over all batches
     net.train()
-    for batch in images.split(batch_size):
+    for batch in images.split(256):
         net(normalize(batch))
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum

@@ -21,7 +21,7 @@ def run(names, folder, jobs=None, as_recorded=False):
     jobs: None, as many as this process may use cores, and one on a GPU; a run that is alone is
     trained in this process, with all threads. A run waits for its parents among `names`. If one
     fails, those that depend on it are left out and the others go on. Ctrl-C and SIGTERM stop all;
-    the same call goes on.
+    a call with those that are not done goes on.
     """
     names = list(dict.fromkeys(names))
     jobs = min(jobs or (1 if torch.cuda.is_available() else cores()), len(names))

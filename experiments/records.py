@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from experiments.runs import Run, get
-from files import write_json
 
 __all__ = ["RecordError", "SHIPPED", "RETRAINED", "weights_path", "record_path", "read_record",
-           "write_record", "sha256", "not_trained"]
+           "sha256", "not_trained"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "checkpoints"
@@ -25,7 +24,7 @@ class RecordError(RuntimeError):
 
 def retraining():
     """Return whether the environment has RETRAIN=1."""
-    return os.environ.get("RETRAIN", "0") not in ("", "0")
+    return os.environ.get("RETRAIN") == "1"
 
 
 def _place(name, folder):
@@ -67,8 +66,9 @@ def _differences(recorded, now, default, prefix=""):
 def read_record(name, folder=None):
     """Return the record of run `name` as a dict, or None if it is not trained yet.
 
-    Raises RecordError if the record's config is not the run's, or if the weights beside it are
-    missing or not those that the run wrote. Weights of other seeds and of runs on held-out images
+    Raises RecordError if the record's config is not the run's, if a parent in the same folder was
+    trained again since, or if the weights beside it are missing or not those that the run wrote.
+    Weights of other seeds and of runs on held-out images
     are not shipped, so they may be missing.
     """
     run, path, weights = get(name), record_path(name, folder), weights_path(name, folder)
@@ -78,6 +78,8 @@ def read_record(name, folder=None):
         record = json.loads(path.read_text())
         differ = _differences(record["config"], asdict(run), asdict(Run("", "")))
         written = record["weights_sha256"]
+        parents = {run.start_from: record["start_from_sha256"],
+                   run.teacher: record["teacher_sha256"]}
         if missing := USED - record.keys():
             raise KeyError(*sorted(missing))
     except FileNotFoundError:
@@ -88,16 +90,15 @@ def read_record(name, folder=None):
         raise RecordError(
             f"{path} was trained with another config (recorded, now): {differ}; {again}"
         )
+    for parent, had in parents.items():
+        if parent is not None and record_path(parent, folder).exists():
+            if read_record(parent, folder)["weights_sha256"] != had:
+                raise RecordError(f"{path} was trained from another {parent}; {again}")
     optional = "@" in name or run.held_out
     if sha256(weights) != written if weights.exists() else not optional:
         raise RecordError(f"{weights} is not the file that the run in {path} wrote; restore it, "
                           f"or {again}")
     return record
-
-
-def write_record(record, folder=None):
-    """Write a run's record, whole or not at all."""
-    write_json(record_path(record["name"], folder), record)
 
 
 def not_trained(name):

@@ -11,9 +11,10 @@ from arguments import check
 from cifar10 import hold_out
 from experiments.records import (
     RETRAINED, SHIPPED, RecordError, not_trained, read_record, record_path, retraining, sha256,
-    weights_path, write_record,
+    weights_path,
 )
-from experiments.runs import get
+from experiments.runs import Run, get
+from files import write_json
 from FP_layers import Learned, MinMax
 from pruning import layer_sparsity, sparsity
 from resnet20 import ResNetCIFAR
@@ -63,14 +64,13 @@ def train_run(name, folder=SHIPPED, as_recorded=False, journal=Journal):
     tag = {"config": asdict(run), "start_from_sha256": start_sha256,
            "teacher_sha256": teacher_sha256, "execution": vars(execution)}
     journal = journal(name, state_path, tag)
-    with execution.in_its_threads():
-        train_utils.fit(net, run.recipe, data, pruning=run.pruning, teacher=teacher, seed=run.seed,
-                        execution=execution, journal=journal)
+    train_utils.fit(net, run.recipe, data, pruning=run.pruning, teacher=teacher, seed=run.seed,
+                    execution=execution, journal=journal)
     if run.keep == "best":
         net.load_state_dict(journal.best["state"])
     save_weights(net, weights_path(name, folder))
     record = _record(run, net, data, journal, folder)
-    write_record(record, folder)
+    write_json(record_path(name, folder), record)
     state_path.unlink(missing_ok=True)
     return record
 
@@ -91,6 +91,9 @@ def _execution(run, net, n_images, state_path, folder, as_recorded):
         record = read_record(run.name, folder) or read_record(run.name)
         if record is None:
             raise RecordError(f"{run.name} has no record to run as: it is {not_trained(run.name)}")
+        if record["environment"]["device"] != _kind(next(net.parameters()).device):
+            raise RecordError(f"{run.name} was recorded on {record['environment']['device']}: "
+                              "train it there, or not as recorded")
         recorded = Execution(**record["execution"])
         if begun not in (None, recorded):
             raise RecordError(f"{run.name} has begun as {begun}, not as recorded, {recorded}; "
@@ -110,8 +113,6 @@ def _record(run, net, data, journal, folder):
     history = journal.history
     loss, accuracy = train_utils.evaluate(net, data)
     seconds = sum(entry["seconds"] for entry in history)
-    device = data.train_images.device
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return {"name": run.name,
             **journal.tag,
             "test_loss": loss,
@@ -123,9 +124,13 @@ def _record(run, net, data, journal, folder):
             "weights_sha256": sha256(weights_path(run.name, folder)),
             "seconds": seconds,
             "images_per_second": len(data.train_images) * len(history) / seconds,
-            "environment": {"device": kind, "python": platform.python_version(),
-                            "torch": torch.__version__},
+            "environment": {"device": _kind(data.train_images.device),
+                            "python": platform.python_version(), "torch": torch.__version__},
             "history": history}
+
+
+def _kind(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def _load_parent(name, net, folder, wanted_by):
@@ -174,9 +179,9 @@ def load_checkpoint(checkpoint, Nbits=None, symmetric=False, quantizer=None):
     """Return the net, on the CPU, of a checkpoint: a run's name, a run's file, or any other file.
 
     It is a ResNet-20. A run says what a checkpoint does not: bits of a weight, whether levels are
-    symmetric, and the quantizer, "minmax" or "learned". For other files, or to have it otherwise,
-    the arguments say it; without them the weights are taken as they are. Raises ValueError for an
-    unknown name or quantizer, and as load_weights does.
+    symmetric, and the quantizer, "minmax" or "learned". For other files the arguments say it, and
+    without them the weights are taken as they are; for a run they say what is to be otherwise.
+    Raises ValueError for an unknown name or quantizer, and as load_weights does.
     """
     if quantizer is not None:
         check(tuple(QUANTIZERS), quantizer=quantizer)
@@ -187,11 +192,11 @@ def load_checkpoint(checkpoint, Nbits=None, symmetric=False, quantizer=None):
         path = weights_path(name)
     else:
         name = "pretrain" if path.name == weights_path("pretrain").name else path.stem
-    if Nbits is None and _is_run(name):
-        return load_weights(build(name, "cpu"), path)
-    kind = QUANTIZERS["minmax" if quantizer is None else quantizer]
-    width = get(name).width if _is_run(name) else 16
-    return load_weights(ResNetCIFAR(20, Nbits, symmetric, kind, width), path)
+    run = get(name) if _is_run(name) else Run("", "")
+    Nbits = run.Nbits if Nbits is None else Nbits
+    kind = QUANTIZERS[quantizer or run.quantizer]
+    net = ResNetCIFAR(20, Nbits, symmetric or run.symmetric, kind, run.width)
+    return load_weights(net, path)
 
 
 def _is_run(name):

@@ -33,15 +33,15 @@ def read_cells(path):
     try:  # as JSON, since importing nbformat takes longer than all of the export
         cells = [{**cell, "source": "".join(cell["source"])}
                  for cell in json.loads(path.read_bytes())["cells"]]
+        for number, cell in enumerate(cells, 1):
+            if cell.get("cell_type") == "code" and cell["source"].strip():
+                _check_executed(cell, f"{path}, cell {number}")
     except FileNotFoundError:
         raise ReportError(f"{path} is missing: run `make report`, or name the notebooks' folder "
                           "with --from") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ReportError(f"{path} is no readable notebook of version 4, execute it again: "
                           f"{error!r}") from error
-    for number, cell in enumerate(cells, 1):
-        if cell.get("cell_type") == "code" and cell["source"].strip():
-            _check_executed(cell, f"{path}, cell {number}")
     return cells
 
 

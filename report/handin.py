@@ -47,7 +47,7 @@ def hand_in(source, out, student, netid):
                 out.rename(old)
             try:
                 new.rename(out)
-            except OSError:
+            except BaseException:  # Ctrl-C, too
                 if old.exists():
                     old.rename(out)
                 raise

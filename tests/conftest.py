@@ -52,7 +52,6 @@ def in_small_world(monkeypatch, tmp_path, small_cifar):
     import train_utils
 
     monkeypatch.setattr(train_utils, "get_data", lambda device: small_cifar)
-    monkeypatch.setattr(train_utils, "_tested", {})
     monkeypatch.chdir(tmp_path)
 
 

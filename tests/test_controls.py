@@ -14,12 +14,13 @@ from training.batches import normalize
 
 def test_statistics_are_the_means_over_the_batches_and_nothing_else_moves(net, small_cifar):
     """Against the first BatchNorm's own input; its mean and variance count each batch alike."""
-    images, before = small_cifar.train_images[:96], state_of(net)
+    images = torch.cat([small_cifar.train_images[:256], small_cifar.test_images[:60]])
+    before = state_of(net)
     norm = net.head_conv[1]
     norm.running_mean.fill_(7.0)
-    assert reestimate_statistics(net, images, batch_size=32) is net and not net.training
+    assert reestimate_statistics(net, images) is net and not net.training
     with torch.no_grad():
-        seen = [net.head_conv[0](normalize(batch)) for batch in images.split(32)]
+        seen = [net.head_conv[0](normalize(batch)) for batch in images.split(256)]
     mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
     variance = torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0)
     torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-5)
@@ -28,6 +29,13 @@ def test_statistics_are_the_means_over_the_batches_and_nothing_else_moves(net, s
     weights = {name for name, _ in net.named_parameters()}
     after = net.state_dict()
     assert same({name: before[name] for name in weights}, {name: after[name] for name in weights})
+
+
+def test_without_images_no_statistic_is_touched(net, small_cifar):
+    before = state_of(net)
+    with pytest.raises(ValueError, match="images must have at least one image, got none"):
+        reestimate_statistics(net, small_cifar.train_images[:0])
+    assert same(net.state_dict(), before)
 
 
 def stages(net):

@@ -222,10 +222,10 @@ def test_notebooks_are_compared_by_nbdime_where_it_is_installed():
 
 
 @pytest.mark.parametrize("target, left", [
-    ("clean", {"build/trained/a.resume.pt", "build/retrained/a.pt", "data/a", ".venv/a", "b.pt"}),
+    ("clean", {"build/trained/a.resume.pt", "build/again/a.pt", "data/a", ".venv/a", "b.pt"}),
     ("distclean", {"b.pt"})])
 def test_what_took_hours_to_train_is_left_by_make_clean(tmp_path, target, left):
-    for name in ("build/trained/a.resume.pt", "build/retrained/a.pt", "build/hw4.ipynb", "a.part",
+    for name in ("build/trained/a.resume.pt", "build/again/a.pt", "build/hw4.ipynb", "a.part",
                  "report.pdf", "handin/report.pdf", "data/a", ".venv/a", "b.pt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

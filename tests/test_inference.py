@@ -1,6 +1,4 @@
-"""The net made ready for evaluation computes what the net computes, and its fingerprint tells nets
-apart.
-"""
+"""The net made ready for evaluation computes what the net computes."""
 
 import copy
 import math
@@ -10,15 +8,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-import FP_layers
 import train_utils
 from conftest import first_of, same, state_of
-from FP_layers import STE, FP_Conv, FP_Linear, Learned
+from FP_layers import FP_Conv, FP_Linear, Learned
 from resnet20 import ResNet_Block, ResNetCIFAR
-from train_utils import evaluate, load_weights, save_weights
+from train_utils import evaluate
 from training import batches as training_batches
 from training.batches import normalize
-from training.inference import fingerprint, for_evaluation, is_plain
+from training.inference import for_evaluation, is_plain
 
 QUANTIZERS = [
     dict(),
@@ -197,26 +194,6 @@ def test_a_twin_can_be_exported(arguments, x):
         torch.testing.assert_close(exported(x), net(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_float_layer_never_calls_a_quantizer(monkeypatch, x):
-    """Nbits=None is exactly the layer of torch.nn, trained or evaluated."""
-    class Refused:
-        @staticmethod
-        def apply(*arguments):
-            raise AssertionError("STE was called")
-
-    monkeypatch.setattr(FP_layers, "STE", Refused)
-    net = lively()
-    plain = net.head_conv[0].conv
-    assert torch.equal(net.head_conv[0](x), plain(x))
-    features = torch.randn(5, 64)
-    assert torch.equal(net.final_fc(features), net.final_fc.linear(features))
-    net.train()(x).sum().backward()
-    for_evaluation(net.eval())
-    net.body_op[0].conv1[0].Nbits = 4
-    with pytest.raises(AssertionError, match="STE was called"):
-        net(x)
-
-
 # ---------------------------------------------------------------- evaluate, against a plain loop
 
 
@@ -300,6 +277,13 @@ def test_each_module_keeps_its_mode(small_cifar):
 # ---------------------------------------------------------------- a net that may compute anything
 
 
+@pytest.fixture
+def two_batches(monkeypatch, small_cifar):
+    """`test` takes 70 images, 50 of them in the first batch."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(train_utils, "get_data", lambda device: small_cifar)
+
+
 def plain_net():
     """A net of torch's own layers, as a reader may write one."""
     torch.manual_seed(0)
@@ -337,7 +321,7 @@ def spectral_norm(net, layers):
 @pytest.mark.parametrize("make", [lambda: lively(8), lambda: lively(8, Nbits=4), plain_net],
                          ids=["ResNet", "4-bit ResNet", "plain"])
 @pytest.mark.parametrize("change", [pruned, old_weight_norm, weight_norm, spectral_norm])
-def test_computed_weights_are_tested_as_they_compute(evaluations, capsys, change, make):
+def test_computed_weights_are_tested_as_they_compute(two_batches, capsys, change, make):
     net = make()
     change(net, [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))])
     data = train_utils.get_data("cpu")
@@ -359,7 +343,7 @@ class Remembering(ResNetCIFAR):
         return self.final_fc(self.features)
 
 
-def test_what_a_forward_stores_in_a_test_is_there_afterwards(evaluations):
+def test_what_a_forward_stores_in_a_test_is_there_afterwards(two_batches):
     net = Remembering(num_layers=8)
     train_utils.test(net)
     last = train_utils.get_data("cpu").test_images[-len(net.features):]
@@ -369,7 +353,7 @@ def test_what_a_forward_stores_in_a_test_is_there_afterwards(evaluations):
     torch.testing.assert_close(net.features, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_a_hook_stores_in_a_test_is_there_afterwards(evaluations):
+def test_what_a_hook_stores_in_a_test_is_there_afterwards(two_batches):
     net, seen = lively(Nbits=4), []
 
     def hook(module, inputs, output):
@@ -386,7 +370,7 @@ def test_what_a_hook_stores_in_a_test_is_there_afterwards(evaluations):
 
 @pytest.mark.parametrize("register", [nn.modules.module.register_module_forward_hook,
                                       nn.modules.module.register_module_forward_pre_hook])
-def test_a_hook_on_all_modules_is_heard(evaluations, register):
+def test_a_hook_on_all_modules_is_heard(two_batches, register):
     net, seen = lively(), []
     x = normalize(train_utils.get_data("cpu").test_images[:50])
     handle = register(lambda *arguments: seen.append(1))
@@ -398,107 +382,3 @@ def test_a_hook_on_all_modules_is_heard(evaluations, register):
     finally:
         handle.remove()
     assert is_plain(net)
-
-
-# ---------------------------------------------------------------- each net is tested once
-
-
-@pytest.fixture
-def evaluations(monkeypatch, small_cifar):
-    """The nets that `test` really evaluates, on a slice of CIFAR-10."""
-    calls = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # so that 70 images are two batches
-    monkeypatch.setattr(train_utils, "_tested", {})
-    monkeypatch.setattr(train_utils, "get_data", lambda device: small_cifar)
-    monkeypatch.setattr(
-        train_utils, "evaluate", lambda net: calls.append(net) or evaluate(net, small_cifar)
-    )
-    return calls
-
-
-def test_a_net_is_evaluated_once_however_it_is_made(evaluations, capsys, tmp_path):
-    net = lively(Nbits=4)
-    save_weights(net, tmp_path / "net.pt")
-    again = load_weights(ResNetCIFAR(num_layers=14, Nbits=4), tmp_path / "net.pt")
-    frozen = lively()  # float, but with the weights that the quantizer gave
-    for layer in frozen.modules():
-        if isinstance(layer, FP_Conv) and layer is not frozen.head_conv[0]:
-            layer.conv.weight.data = STE.apply(layer.conv.weight.data, 4)
-    assert train_utils.test(net) == train_utils.test(again) == train_utils.test(frozen)
-    lines = capsys.readouterr().out.splitlines()
-    assert evaluations == [net] and len(lines) == 3 and len(set(lines)) == 1
-
-
-def move_a_weight(net):
-    net.body_op[3].conv2[0].conv.weight.data[0, 0, 0, 0] += 1
-
-
-def move_a_statistic(net):
-    net.body_op[3].conv2[1].running_mean[1] += 1e-3
-
-
-def move_the_bias(net):
-    net.final_fc.linear.bias.data[0] += 1e-6
-
-
-def another_activation(net):
-    net.head_conv[2] = nn.LeakyReLU(0.1)
-
-
-@pytest.mark.parametrize(
-    "change", [move_a_weight, move_a_statistic, move_the_bias, another_activation]
-)
-def test_a_net_that_computes_something_else_is_evaluated(evaluations, change):
-    net = lively(Nbits=4)
-    train_utils.test(net)
-    change(net)
-    train_utils.test(net)
-    assert len(evaluations) == 2
-
-
-@pytest.mark.parametrize(
-    "arguments", [dict(Nbits=4), dict(Nbits=4, symmetric=True), dict(Nbits=3)], ids=str
-)
-def test_other_bits_have_another_fingerprint(arguments):
-    assert (
-        fingerprint(lively(**arguments))
-        == fingerprint(lively(**arguments))
-        != fingerprint(lively(Nbits=5))
-    )
-
-
-def test_a_statistic_of_a_batchnorm_that_is_not_folded_changes_the_fingerprint():
-    net = plain_net()
-    before = fingerprint(net)
-    net[1].running_mean[0] += 1
-    assert fingerprint(net) not in (None, before)
-
-
-def test_other_data_are_evaluated(evaluations, monkeypatch, small_cifar):
-    net = lively()
-    train_utils.test(net)
-    other = small_cifar._replace(test_images=small_cifar.test_images.flip(3))
-    monkeypatch.setattr(train_utils, "get_data", lambda device: other)
-    train_utils.test(net)
-    assert len(evaluations) == 2
-
-
-class Doubled(FP_Conv):
-    """As a notebook may define one, and then define it anew under the same name."""
-
-    def quantized_weight(self):
-        return 2 * super().quantized_weight()
-
-
-@pytest.mark.parametrize("change", [
-    lambda net: net.final_fc.register_forward_hook(lambda *_: None),
-    lambda net: setattr(net, "forward", type(net).forward.__get__(net)),
-    lambda net: net.head_conv.__setitem__(0, Doubled(3, 16, 3, padding=1)),
-], ids=["hook", "own forward", "own class"])
-def test_a_net_whose_state_does_not_tell_all_is_evaluated_each_time(evaluations, change):
-    net = lively()
-    change(net)
-    assert fingerprint(net) is None
-    for _ in range(2):
-        train_utils.test(net)
-    assert len(evaluations) == 2

@@ -16,22 +16,16 @@ def test_the_readme_shows_what_was_measured():
     assert mean > -2 * error and len(results["float32"]) == len(results["bfloat16"]) >= 3
 
 
-@pytest.mark.parametrize("accuracies, status, shown", [
-    ([0.79, 0.81, 0.80], 0, "+0.00 points, with a standard error of 0.58"),
-    ([0.78, 0.80, 0.79], 0, "-1.00 points, with a standard error of 0.58"),
-    ([0.77, 0.79, 0.78], 1, "-2.00 points, with a standard error of 0.58"),
-])
-def test_an_accuracy_lower_beyond_two_standard_errors_is_a_failure(monkeypatch, tmp_path, capsys,
-                                                                   accuracies, status, shown):
+def test_it_is_written_as_one_sentence(monkeypatch, tmp_path, capsys):
     """The gaps differ by a standard deviation of one point; by the root of three that is 0.58."""
-    found = {"float32": [0.80, 0.80, 0.80], "bfloat16": accuracies}
+    found = {"float32": [0.80, 0.80, 0.80], "bfloat16": [0.78, 0.80, 0.79]}
     monkeypatch.setattr(precision, "compare", lambda *arguments: found)
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     monkeypatch.setattr(precision, "bf16_is_right", lambda net: True)
-    assert precision.main(["--out", str(tmp_path / "p.json")]) == status
+    precision.main(["--out", str(tmp_path / "p.json")])
     printed = capsys.readouterr().out
-    assert f"{100 * accuracies[0]:.2f}, " in printed and "on 5,000 held-out images" in printed
-    assert shown in printed
+    assert "78.00, 80.00, 79.00 % on 5,000 held-out images" in printed
+    assert "-1.00 points, with a standard error of 0.58" in printed
     assert json.loads((tmp_path / "p.json").read_text()) == found | {"epochs": 3, "held_out": 5000}
 
 
@@ -45,7 +39,9 @@ def test_both_precisions_are_trained_alike_with_each_seed(monkeypatch, small_cif
 
     monkeypatch.setattr(precision.train_utils, "get_data", lambda device: data)
     monkeypatch.setattr(precision.train_utils, "fit", noted)
-    found = precision.compare(1, 2, 32)
+    monkeypatch.setattr(precision, "EPOCHS", 1)
+    monkeypatch.setattr(precision, "HELD_OUT", 32)
+    found = precision.compare(2)
     assert [len(found[name]) for name in ("float32", "bfloat16")] == [2, 2]
     assert [(seed, bf16) for seed, bf16, _ in seen] == [(0, False), (0, True), (1, False),
                                                         (1, True)]
@@ -56,7 +52,7 @@ def test_both_precisions_are_trained_alike_with_each_seed(monkeypatch, small_cif
 
 def test_a_machine_without_bfloat16_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(precision, "has_bf16", lambda device: False)
-    assert precision.main(["--out", str(tmp_path / "p.json")]) == 0
+    precision.main(["--out", str(tmp_path / "p.json")])
     assert "does not multiply bfloat16" in capsys.readouterr().out
     assert not (tmp_path / "p.json").exists()
 

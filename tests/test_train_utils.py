@@ -397,8 +397,8 @@ def test_finetune_holds_zeros_unless_told_otherwise(n_bits):
     grown = copy.deepcopy(net)
     finetune(net, 2, 16, 0.01, 1e-4, checkpoint=None)
     finetune(grown, 1, 16, 0.01, 1e-4, checkpoint=None, hold_zeros=False)
-    for (name, layer), (_, before) in zip(prunable_layers(net), prunable_layers(start)):
-        assert torch.equal(layer.weight != 0, masks[name] != 0)
+    for (_, layer), (_, before), mask in zip(prunable_layers(net), prunable_layers(start), masks):
+        assert torch.equal(layer.weight != 0, mask != 0)
         assert not torch.equal(layer.weight, before.weight)
     assert sparsity(grown) < 0.05
 

@@ -2,7 +2,6 @@
 """
 
 import copy
-import hashlib
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from FP_layers import FP_Conv, FP_Linear
 
-__all__ = ["for_evaluation", "fingerprint", "is_plain"]
+__all__ = ["for_evaluation", "is_plain"]
 
 
 @torch.no_grad()
@@ -80,18 +79,3 @@ def _is_known(cls):
     """Return whether a class and its forward are layers of torch.nn or ours."""
     return all(origin.startswith("torch.nn.modules.") or origin in ("FP_layers", "resnet20")
                for origin in (cls.__module__, cls.forward.__module__))
-
-
-def fingerprint(net):
-    """Return a hex digest of what `net` computes in evaluation mode, or None if that is open.
-
-    Nets with the same modules, quantized weights and BatchNorms have the same one, whatever float
-    weights stand behind. None for a net that is not plain. Raises as for_evaluation does.
-    """
-    if not is_plain(net):
-        return None
-    twin = for_evaluation(net)
-    digest = hashlib.sha256(repr(twin).encode())
-    for tensor in twin.state_dict().values():  # names and shapes follow from the modules
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

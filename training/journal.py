@@ -41,8 +41,11 @@ class Journal:
 
         Goes on from the state at state_path, if there is one. Left by an error or Ctrl-C, the net
         holds the last whole epoch. Raises OSError if state_path cannot be written, ValueError if
-        what is there is damaged or has another tag, and the errors of training explained.
+        what is there is damaged or has another tag, or if this Journal had a training before, and
+        the errors of training explained.
         """
+        if self.history:
+            raise ValueError(f"journal must be a new one, got one of {len(self.history)} epochs")
         self.net, self.optimizer, self.recipe, self.steps = net, optimizer, recipe, steps
         if self.state_path is not None:
             check_writable(self.state_path)
