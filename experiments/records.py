@@ -66,10 +66,9 @@ def _differences(recorded, now, default, prefix=""):
 def read_record(name, folder=None):
     """Return the record of run `name` as a dict, or None if it is not trained yet.
 
-    Raises RecordError if the record's config is not the run's, if a parent in the same folder was
-    trained again since, or if the weights beside it are missing or not those that the run wrote.
-    Weights of other seeds and of runs on held-out images
-    are not shipped, so they may be missing.
+    Raises RecordError if the record's config is not the run's, if a parent was trained again since,
+    or if the weights beside it are missing or not those that the run wrote. Weights of other seeds
+    and of runs on held-out images are not shipped, so they may be missing.
     """
     run, path, weights = get(name), record_path(name, folder), weights_path(name, folder)
     into = "" if folder in (None, SHIPPED) else f" --into {folder}"
@@ -91,14 +90,25 @@ def read_record(name, folder=None):
             f"{path} was trained with another config (recorded, now): {differ}; {again}"
         )
     for parent, had in parents.items():
-        if parent is not None and record_path(parent, folder).exists():
-            if read_record(parent, folder)["weights_sha256"] != had:
-                raise RecordError(f"{path} was trained from another {parent}; {again}")
+        if parent is not None and not _is_still(parent, had, folder):
+            raise RecordError(f"{path} was trained from another {parent}; {again}")
     optional = "@" in name or run.held_out
     if sha256(weights) != written if weights.exists() else not optional:
         raise RecordError(f"{weights} is not the file that the run in {path} wrote; restore it, "
                           f"or {again}")
     return record
+
+
+def _is_still(parent, weights_sha256, folder):
+    """Return whether a child's parent, in `folder` or shipped, has these weights; so if it is gone.
+    """
+    gone = True
+    for place in (folder, SHIPPED):
+        record = read_record(parent, place)
+        if record is not None and record["weights_sha256"] == weights_sha256:
+            return True
+        gone = gone and record is None
+    return gone
 
 
 def not_trained(name):

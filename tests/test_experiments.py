@@ -64,6 +64,13 @@ def test_a_reader_that_closes_the_list_is_no_error():
 # ---------------------------------------------------------------- run
 
 
+def test_force_takes_one_run(trained, capsys):
+    for names in (["pretrain", "iterative"], ["all"], ["pretrain", "--seeds", "2"]):
+        assert commands.main(["run", *names, "--force"]) == 1
+        assert "error: --force takes one run, got" in capsys.readouterr().err
+    assert trained == []
+
+
 def test_run_trains_what_is_not_trained_and_force_trains_it_again(trained, capsys):
     assert commands.main(["run", "all", "--jobs", "1"]) == 0
     assert trained == ["iterative", "quantized"]

@@ -89,3 +89,18 @@ def test_a_notebook_that_was_not_executed_keeps_the_old_hand_in(source, tmp_path
     assert run(source, tmp_path / "handin") == 1
     assert "hw4.ipynb, cell 1 was not executed" in capsys.readouterr().err
     assert (tmp_path / "handin" / "hw4.ipynb").read_bytes() == before
+
+
+def test_ctrl_c_between_the_renames_keeps_the_old_hand_in(source, tmp_path, monkeypatch):
+    assert run(source, tmp_path / "handin") == 0
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "handin")
+    assert sorted(path.name for path in (tmp_path / "handin").iterdir()) == NAMES

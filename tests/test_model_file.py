@@ -937,6 +937,9 @@ def test_a_file_that_is_no_runs_is_taken_as_it_is_whatever_its_name(file, tmp_pa
 def test_bits_that_are_given_go_before_those_of_the_run(tmp_path):
     _, checkpoint = small_checkpoint(tmp_path, "lab3c_4bit.pt")
     assert load_checkpoint(checkpoint, 3).Nbits == 3
+    _, of_learned = small_checkpoint(tmp_path, "lab3d_2bit_improved.pt")
+    quantizer = load_checkpoint(of_learned, 3).body_op[0].conv1[0].quantizer
+    assert quantizer.limits == (-3, 3)  # learned and symmetric, as the run has them
     learned = load_checkpoint(checkpoint, 3, True, "learned").body_op[0].conv1[0].quantizer
     assert learned.limits == (-3, 3)
     assert load_checkpoint(weights_path("pretrain")).Nbits is None

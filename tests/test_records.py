@@ -143,3 +143,19 @@ def test_a_setting_that_came_later_counts_as_its_default(pretrained, place, name
     with pytest.raises(records.RecordError, match="another config") as caught:
         records.read_record("pretrain")
     assert f"'{place}{'.' * bool(place)}{name}': ({default}, {other})" in str(caught.value)
+
+
+def test_a_run_whose_parent_was_trained_again_does_not_count(pretrained, tmp_path):
+    folder = tmp_path / "into"
+    for place in (None, folder):  # both from the shipped parent
+        run.train_run("iterative", place or records.SHIPPED)
+    alter_weights()
+    path = records.record_path("pretrain")
+    record = json.loads(path.read_text())
+    record["weights_sha256"] = records.sha256(records.weights_path("pretrain"))
+    path.write_text(json.dumps(record))
+    for place in (None, folder):
+        with pytest.raises(records.RecordError, match="trained from another pretrain; train it"):
+            records.read_record("iterative", place)
+    records.record_path("pretrain").unlink()  # gone, it speaks against nothing
+    assert records.read_record("iterative", folder)["name"] == "iterative"

@@ -374,6 +374,15 @@ def test_what_has_begun_otherwise_cannot_run_as_recorded(tiny_runs, break_in_epo
         run.train_run("pretrain", as_recorded=True)
 
 
+def test_what_was_recorded_on_another_device_cannot_run_as_recorded(pretrained):
+    path = records.record_path("pretrain")
+    record = json.loads(path.read_text())
+    record["environment"]["device"] = "NVIDIA H100"
+    path.write_text(json.dumps(record))
+    with pytest.raises(records.RecordError, match="pretrain was recorded on NVIDIA H100: train it"):
+        run.train_run("pretrain", as_recorded=True)
+
+
 def test_what_was_never_recorded_cannot_run_as_recorded(tiny_runs):
     with pytest.raises(records.RecordError, match="pretrain has no record.*run pretrain"):
         run.train_run("pretrain", as_recorded=True)
@@ -409,7 +418,7 @@ def test_load_or_train_loads_into_a_net_in_place(pretrained):
     assert same_weights(net, load_weights(run.build("pretrain"), records.weights_path("pretrain")))
 
 
-@pytest.mark.parametrize("value", ["0", ""])
+@pytest.mark.parametrize("value", ["0", "", "false"])
 def test_without_retrain_nothing_is_trained(pretrained, monkeypatch, value):
     monkeypatch.setenv("RETRAIN", value)
     monkeypatch.setattr(run, "train_run", None)

@@ -27,6 +27,8 @@ from train_utils import train_epoch
 from training import batches as training_batches
 from training.batches import Batches, normalize
 from training.distillation import Distillation
+from training.execution import Execution
+from training.journal import Journal
 from training.recipe import Pruning, Recipe
 
 pytestmark = pytest.mark.usefixtures("in_small_world")
@@ -557,3 +559,26 @@ def test_nothing_in_an_epoch_waits_for_a_gpu(monkeypatch, arguments, options):
         with pytest.raises(fake_tensor.DataDependentOutputException):
             train_epoch(net, recorded(batches), optimizer, criterion, masks)
     assert events[-4:] == [0, 1, 2, 3] and "sent" in events
+
+
+# ---------------------------------------------------------------- what fit is given
+
+
+def test_fit_trains_in_the_threads_of_its_execution(net, small_cifar, monkeypatch):
+    threads, seen = torch.get_num_threads(), []
+    epoch = train_utils.train_epoch
+    monkeypatch.setattr(train_utils, "train_epoch",
+                        lambda *args: seen.append(torch.get_num_threads()) or epoch(*args))
+    fit(net, Recipe(epochs=1, batch_size=64, lr=0.01), small_cifar,
+        execution=Execution(threads=threads + 1))
+    assert seen == [threads + 1] and torch.get_num_threads() == threads
+
+
+def test_a_journal_of_an_earlier_training_is_refused(net, small_cifar):
+    journal = Journal()
+    recipe = Recipe(epochs=1, batch_size=64, lr=0.01)
+    fit(net, recipe, small_cifar, journal=journal)
+    before = state_of(net)
+    with pytest.raises(ValueError, match="journal must be a new one, got one of 1 epochs"):
+        fit(net, recipe, small_cifar, journal=journal)
+    assert same(net.state_dict(), before)
