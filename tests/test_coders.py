@@ -329,7 +329,3 @@ def test_a_reader_takes_what_is_there_and_says_what_is_not():
     assert str(caught.value) == "the data must end after byte 3, got 10 bytes"
     assert reader.take(7) == bytes(range(3, 10))
     reader.end()
-
-
-def test_error_is_a_value_error():
-    assert issubclass(CompressionError, ValueError)

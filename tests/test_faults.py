@@ -103,17 +103,6 @@ def test_ctrl_c_leaves_the_last_whole_epoch(monkeypatch, small_cifar, after, pru
     assert same(net.state_dict(), after[1])
 
 
-@pytest.mark.slow
-def test_after_ctrl_c_training_goes_on_to_the_same_bits(small_cifar, after, tmp_path):
-    net = make_net()
-    hook = interrupt_in_step(net, 7)
-    with pytest.raises(KeyboardInterrupt):
-        train_net(net, small_cifar, state_path=tmp_path / "state.pt")
-    hook.remove()
-    train_net(net, small_cifar, state_path=tmp_path / "state.pt")
-    assert same(net.state_dict(), after[3])
-
-
 def test_a_whole_epoch_is_kept_when_its_state_cannot_be_written(
     small_cifar, after, monkeypatch, tmp_path
 ):

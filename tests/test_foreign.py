@@ -10,7 +10,7 @@ import cifar10
 import train_utils
 from conftest import REPOSITORY, first_of
 from resnet20 import ResNetCIFAR
-from training.checkpoints import load_weights, save_weights
+from training.checkpoints import load_weights
 
 
 @pytest.fixture
@@ -124,23 +124,6 @@ def test_the_data_folder_does_not_depend_on_where_one_starts(monkeypatch, tmp_pa
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
     assert str(again.default_root()) == str(REPOSITORY / "data")
-
-
-def test_a_packed_checkpoint_of_other_hands_decodes_to_the_same_logits(net, tmp_path):
-    """Through the command line, for a file that is no run's."""
-    from model_file.__main__ import main
-
-    torch.manual_seed(1)
-    other = ResNetCIFAR(num_layers=20)
-    save_weights(other, tmp_path / "theirs.pt")
-    out = tmp_path / "theirs.rnpq"
-    assert main(["pack", str(tmp_path / "theirs.pt"), str(out), "--bits", "4"]) == 0
-    assert main(["unpack", str(out), str(tmp_path / "again.pt")]) == 0
-    quantized = load_weights(ResNetCIFAR(num_layers=20, Nbits=4), tmp_path / "theirs.pt").eval()
-    again = load_weights(ResNetCIFAR(num_layers=20), tmp_path / "again.pt").eval()
-    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(again(x), quantized(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fixed_point", [{}, {"Nbits": 4}], ids=["float", "4 bits"])
