@@ -152,7 +152,11 @@ def markdown(results):
 
 def main(arguments=None):
     """Command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if min(options.rounds, *options.batch_sizes) < 1:
+        parser.error("--rounds and --batch-sizes must be at least 1, got "
+                     f"{options.rounds} and {options.batch_sizes}")
     kind = torch.device(options.device).type
     options.out = options.out or RESULTS[kind]
     results = json.loads(options.out.read_text()) if options.show else _measured(options)
@@ -168,12 +172,8 @@ def _parser():
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[BATCH_SIZE, 128],
                         help="the first one is also split into the parts of a step")
     parser.add_argument("--rounds", type=int, default=4, help="times that each pipeline is timed")
-    parser.add_argument("--images", type=int, help="images timed in a round of training")
-    parser.add_argument("--warmup", type=int, default=4,
-                        help="steps before the clock starts, in each round")
     parser.add_argument("--workers", type=int, default=min(cores(), 16),
                         help="processes of the DataLoader")
-    parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--quick", action="store_true", help="a few steps: does it run at all?")
     parser.add_argument("--out", type=Path, help="JSON file; of the device, beside this, if none")
     parser.add_argument("--show", action="store_true",
@@ -185,12 +185,12 @@ def _parser():
 
 def _measured(options):
     device = torch.device(options.device)
-    if options.images is None:
-        options.images = 1536 if device.type == "cpu" else 40 * 1024
     data = cifar10.load(device=device)
+    # images timed in a round, steps before its clock starts, and whether nothing is compiled
+    options.images = 1536 if device.type == "cpu" else 40 * 1024
+    options.warmup, options.eager = 4, options.quick
     if options.quick:
         options.batch_sizes, options.rounds, options.images, options.warmup = [16, 8], 2, 32, 1
-        options.eager = True
         data = cifar10.CIFAR10(*(tensor[:200] for tensor in data))
     results = measure(data, options)
     write_json(options.out, results)

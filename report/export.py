@@ -73,9 +73,10 @@ def figures_first(pieces):
     """Return pieces in which the figures that follow listings stand before them."""
     ordered, listings = [], []
     for piece in pieces:
-        if piece.text.startswith("#code("):
+        call = piece.text if piece.form == "typst" else piece.call
+        if call.startswith("#code("):
             listings.append(piece)
-        elif "#drawn(" in (piece.call or piece.text)[:7]:
+        elif call.startswith("#drawn("):
             ordered.append(piece)
         else:
             ordered += [*listings, piece]

@@ -4,6 +4,7 @@ import base64
 import errno
 import functools
 import io
+import json
 import os
 import re
 import resource
@@ -1045,3 +1046,11 @@ def test_a_code_cell_without_outputs_is_an_error_of_ours(write, refused):
     path = folder / "hw4.ipynb"
     path.write_text('{"cells": [{"cell_type": "code", "source": "1", "metadata": {}}]}')
     refused(folder, r"hw4\.ipynb, cell 1 has no list of outputs")
+
+
+@pytest.mark.parametrize("outputs", [[{}], ["text"], [{"output_type": "error"}]], ids=str)
+def test_an_output_that_is_none_makes_a_notebook_unreadable(write, refused, outputs):
+    folder = write()
+    cell = {"cell_type": "code", "source": "1", "metadata": {}, "outputs": outputs}
+    (folder / "hw4.ipynb").write_text(json.dumps({"cells": [cell]}))
+    refused(folder, r"hw4\.ipynb is no readable notebook of version 4")

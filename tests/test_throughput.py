@@ -227,3 +227,10 @@ def test_the_readme_shows_what_was_measured(kind):
     begin, end = throughput.SECTIONS[kind]
     section = (REPOSITORY / "README.md").read_text().partition(begin)[2].partition(end)[0]
     assert section.strip() == throughput.markdown(json.loads(throughput.RESULTS[kind].read_text()))
+
+
+@pytest.mark.parametrize("option", [["--rounds", "0"], ["--batch-sizes", "256", "0"]], ids=str)
+def test_nothing_to_time_is_refused_before_it_starts(option, capsys):
+    with pytest.raises(SystemExit):
+        throughput.main(option)
+    assert "must be at least 1, got" in capsys.readouterr().err
