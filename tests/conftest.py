@@ -1,6 +1,8 @@
 """Real CIFAR-10 for the tests: whole, and a slice small enough to train on in seconds."""
 
+import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,29 @@ def same(state, other):
 
 def without_seconds(history):
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in history]
+
+
+class Bomb:
+    """Creates the file `path` when it is unpickled."""
+
+    def __init__(self, path="boom"):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def no_space(*arguments, **named):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupted(*arguments, **named):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def sigint_is_heard():
+    """A shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -1,6 +1,5 @@
 """Weights on disk, hostile files among them, and trainings killed and resumed bit for bit."""
 
-import errno
 import math
 import os
 import signal
@@ -12,7 +11,8 @@ import torch
 
 import train_utils
 from cifar10 import CIFAR10
-from conftest import REPOSITORY, make_net, same, state_of, without_seconds
+from conftest import REPOSITORY, Bomb, interrupted, make_net, no_space, same, state_of
+from conftest import without_seconds
 from FP_layers import FP_Linear, Learned, fit_step
 from pruning import prune_before_epoch
 from resnet20 import ResNetCIFAR
@@ -180,11 +180,6 @@ def test_a_state_dict_saved_by_plain_torch_is_taken(net, tmp_path):
     )
 
 
-class Bomb:
-    def __reduce__(self):
-        return open, ("boom", "w")
-
-
 def truncated(net, path):
     save_weights(net, path)
     os.truncate(path, path.stat().st_size // 2)
@@ -261,14 +256,6 @@ def test_a_file_that_is_no_checkpoint_of_the_net_is_refused(net, tmp_path, write
 def test_a_missing_checkpoint_is_named(net, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*absent.pt"):
         load_weights(net, tmp_path / "absent.pt")
-
-
-def no_space(*args, **kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def interrupted(*args, **kwargs):
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])

@@ -2,7 +2,6 @@
 images.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -26,7 +25,7 @@ from torchvision.datasets import CIFAR10 as TorchvisionCIFAR10
 
 import cifar10
 from cifar10 import CIFAR10Error
-from conftest import REPOSITORY, first_of
+from conftest import REPOSITORY, Bomb, first_of, interrupted, no_space
 
 real_from_npm, real_from_torchvision = cifar10._from_npm, cifar10._from_torchvision
 
@@ -181,16 +180,6 @@ def pickled_inside(path, cached):
     )
 
 
-class Bomb:
-    """Creates `path` when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 damages = pytest.mark.parametrize("damage", [truncated, one_pixel_altered, pickled_inside])
 
 
@@ -341,14 +330,6 @@ def test_a_malicious_batch_never_runs(monkeypatch, tmp_path, md5_matches, refusa
 
 
 # ---------------------------------------------------------------- trouble while writing
-
-
-def no_space(*args, **kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def interrupted(*args, **kwargs):
-    raise KeyboardInterrupt
 
 
 def half_written(file, **arrays):

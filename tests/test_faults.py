@@ -20,7 +20,7 @@ import torch
 
 import cifar10
 import train_utils
-from conftest import REPOSITORY, first_of, make_net, same, state_of
+from conftest import REPOSITORY, Bomb, first_of, make_net, same, state_of
 from experiments import runs
 from experiments.run import build, train_run
 from files import atomic_write, check_writable
@@ -34,6 +34,7 @@ from training.recipe import Recipe
 
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05, weight_decay=1e-3)
 ONE_EPOCH = dataclasses.replace(RECIPE, epochs=1)
+pytestmark = pytest.mark.usefixtures("sigint_is_heard")
 
 
 def train_net(net, data, recipe=RECIPE, state_path=None, seed=3):
@@ -59,14 +60,6 @@ def after(small_cifar):
 
 
 # ---------------------------------------------------------------- Ctrl-C
-
-
-@pytest.fixture(autouse=True)
-def sigint_is_heard():
-    """A shell starts what runs in its background with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def interrupt_in_step(net, step):
@@ -468,13 +461,6 @@ def test_unwritable_checkpoints_stop_a_run_before_it_trains(monkeypatch, run_els
 
 
 # ---------------------------------------------------------------- hostile files
-
-
-class Bomb:
-    """Creates a file named boom when it is unpickled."""
-
-    def __reduce__(self):
-        return open, ("boom", "w")
 
 
 @pytest.mark.parametrize("state", [

@@ -282,14 +282,6 @@ def wait_for(*paths, seconds=120):
         time.sleep(0.02)
 
 
-@pytest.fixture
-def sigint_is_heard():
-    """A shell starts what runs in its background with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("as_recorded", [False, True])
 def test_a_process_of_its_own_gets_the_run_the_folder_and_one_thread(
     stub, sigint_is_heard, monkeypatch, tmp_path, as_recorded
