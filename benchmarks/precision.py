@@ -21,8 +21,6 @@ from training.journal import Journal
 
 RESULTS = Path(__file__).with_name("precision.json")
 SECTION = "<!-- precision: written by `make bench` -->", "<!-- end of precision -->"  # of README.md
-
-
 EPOCHS, HELD_OUT = 3, 5000
 
 

@@ -1,4 +1,4 @@
-"""bfloat16 against float32: what README says is what was measured, and the comparison can fail."""
+"""bfloat16 against float32: README says what was measured, and trainings differ in that alone."""
 
 import json
 
