@@ -61,6 +61,15 @@ def _assigned_runs():
     # A likely reason for the reference's 35.90 %: fine-tuning that drops the masks.
     yield Run("lab3d_2bit_unmasked", "Lab 3 (d): 2-bit weights, pruned weights free to grow back",
               start_from="lab2e_global", Nbits=2, pruning=Pruning(hold_zeros=False))
+    # What holds the assigned 2-bit runs back: each with one half of the improved recipe, which has
+    # both, and distillation.
+    for lab, what, start in (("lab3c", "2-bit weights", "pretrain"),
+                             ("lab3d", "70 % pruned and 2-bit weights", "lab2e_global")):
+        halves = dict(start_from=start, Nbits=2, keep="last")
+        yield Run(f"{lab}_2bit_rate", f"{what}, the improved rate alone",
+                  recipe=replace(IMPROVED, distill=0.0), **halves)
+        yield Run(f"{lab}_2bit_step", f"{what}, the learned step alone", quantizer="learned",
+                  **halves)
 
 
 def _improved_runs():
@@ -111,24 +120,30 @@ def _float_ablation_runs():
 
 
 def _improved_ablation_runs():
-    """The improved recipe, part by part, over its 20 epochs."""
+    """The improved recipe, part by part, over 4 epochs, or 20 where a name says long."""
     rate = replace(IMPROVED, distill=0.0)
-    start = "ablation_long_float"
-    yield Run(start, "float model of the ablation, 40 epochs", start_from=None,
-              recipe=replace(SGD, epochs=40), **ABLATION)
-    for kind, what, setting, quantizers in (
-            ("2bit", "2-bit weights", dict(Nbits=2), ("minmax", "learned")),
-            ("global", "70 % pruned", dict(pruning=GLOBAL), ("minmax",))):
-        setting |= dict(start_from=start, **ABLATION)
-        yield Run(f"ablation_long_{kind}_assigned", f"{what}, 20 epochs: assigned recipe",
-                  **setting)
-        yield Run(f"ablation_long_{kind}_rate", f"{what}, 20 epochs: higher rate, on a cosine",
-                  recipe=rate, **setting)
-        if "learned" in quantizers:
-            yield Run(f"ablation_long_{kind}_step", f"{what}, 20 epochs: that and a learned step",
-                      recipe=rate, quantizer="learned", **setting)
+    short, long = "ablation_float", "ablation_long_float"
+    for name, epochs in ((short, 10), (long, 40)):
+        yield Run(name, f"float model of the ablation, {epochs} epochs", start_from=None,
+                  recipe=replace(SGD, epochs=epochs), **ABLATION)
+    for kind, what, setting in (("2bit", "2-bit weights", dict(Nbits=2)),
+                                ("global", "70 % pruned",
+                                 dict(pruning=Pruning("global", 70.0, epochs=2)))):
+        setting |= dict(start_from=short, **ABLATION)
+        yield Run(f"ablation_{kind}_assigned", f"{what}, 4 epochs: assigned recipe",
+                  recipe=Recipe(epochs=4), **setting)
+        yield Run(f"ablation_{kind}_rate", f"{what}, 4 epochs: higher rate, on a cosine",
+                  recipe=replace(rate, epochs=4), **setting)
+    yield Run("ablation_2bit_step", "2-bit weights, 4 epochs: that rate and a learned step",
+              start_from=short, Nbits=2, quantizer="learned", recipe=replace(rate, epochs=4),
+              **ABLATION)
+    for kind, without, what, setting in (
+            ("2bit", "step", "2-bit weights, rate and step", dict(Nbits=2, quantizer="learned")),
+            ("global", "rate", "70 % pruned, higher rate", dict(pruning=GLOBAL))):
+        setting |= dict(start_from=long, **ABLATION)
+        yield Run(f"ablation_long_{kind}_{without}", f"{what}, 20 epochs", recipe=rate, **setting)
         yield Run(f"ablation_long_{kind}_distill", f"{what}, 20 epochs: and distillation",
-                  recipe=IMPROVED, quantizer=quantizers[-1], teacher=start, **setting)
+                  recipe=IMPROVED, teacher=long, **setting)
 
 
 RUNS = {run.name: run for run in (
