@@ -28,8 +28,8 @@ def test_an_untrained_run_says_what_to_type():
     ("lab3c_2bit", "checkpoints/lab3c_2bit.pt", "checkpoints/lab3c_2bit.json"),
     ("ablation_float_wide", "checkpoints/ablation/ablation_float_wide.pt",
      "checkpoints/ablation/ablation_float_wide.json"),
-    ("ablation_2bit_rate@3", "checkpoints/ablation/ablation_2bit_rate@3.pt",
-     "checkpoints/ablation/ablation_2bit_rate@3.json"),
+    ("ablation_long_2bit_step@3", "checkpoints/ablation/ablation_long_2bit_step@3.pt",
+     "checkpoints/ablation/ablation_long_2bit_step@3.json"),
 ])
 def test_shipped_files_lie_where_a_reader_looks_for_them(name, weights, record):
     assert records.weights_path(name) == records.ROOT / weights
