@@ -56,7 +56,7 @@ def _differences(recorded, now, default, prefix=""):
     differ = {}
     for key in recorded.keys() | now.keys():
         a, b = recorded.get(key, default.get(key)), now.get(key)
-        if isinstance(b, dict) and isinstance(a, dict):
+        if isinstance(b, dict):
             differ |= _differences(a, b, default[key], f"{prefix}{key}.")
         elif a != b and key != "question":  # a text, not a setting
             differ[prefix + key] = (a, b)

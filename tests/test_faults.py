@@ -110,9 +110,6 @@ def test_a_whole_epoch_is_kept_when_its_state_cannot_be_written(
     assert same(net.state_dict(), after[1])
 
 
-# ---------------------------------------------------------------- a GPU without memory
-
-
 def test_the_bar_counts_steps_and_goes_on_where_it_was(monkeypatch, small_cifar, tmp_path):
     moves, shown = [], []
 
@@ -131,6 +128,9 @@ def test_the_bar_counts_steps_and_goes_on_where_it_was(monkeypatch, small_cifar,
                          journal=Journal(state_path=tmp_path / "state.pt", log_every_n=3))
     assert moves == [(0, 3, 4), (3, 1, 4), (4, 3, 8), (7, 1, 8)]
     assert shown == [f"{100 * entry['test_accuracy']:.2f}%" for entry in history]
+
+
+# ---------------------------------------------------------------- a GPU without memory
 
 
 def out_of_memory_in_step(net, step):
