@@ -1,15 +1,18 @@
-"""Real CIFAR-10 for the tests: whole, and a slice small enough to train on in seconds."""
+"""What several test files share: real CIFAR-10, whole and in slices, small nets, and faults."""
 
 import errno
-import os
 import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # No torch up here: pytest-xdist's controller loads this file before it starts its workers.
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+settings.register_profile("ours", deadline=None)  # a busy machine is no fault
+settings.load_profile("ours")
 
 LONGEST = ("hw4", "going_further", "true_false", "test_export_report", "test_model_file",
            "test_train_utils", "test_faults", "test_notebooks", "test_pool", "test_cifar10",
@@ -25,7 +28,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def cifar_root():
     """The data folder, wherever pytest was started."""
-    return Path(os.environ.get("CIFAR10_ROOT") or REPOSITORY / "data").resolve()
+    import cifar10
+
+    return cifar10.default_root().resolve()
 
 
 @pytest.fixture(scope="session")

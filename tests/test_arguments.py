@@ -158,7 +158,7 @@ CASES = [
 ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @pytest.mark.parametrize(
     "call, argument, bad, allowed", [case[1:] for case in CASES], ids=[case[0] for case in CASES]
 )
@@ -175,7 +175,7 @@ def test_a_bad_argument_is_refused_with_its_name_its_value_and_what_is_allowed(
     assert same(NET.state_dict(), before)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(bits=st.integers(0, 16), symmetric=st.booleans())
 def test_every_allowed_width_is_taken(bits, symmetric):
     if not (symmetric and bits == 1):
@@ -183,7 +183,7 @@ def test_every_allowed_width_is_taken(bits, symmetric):
         assert torch.isfinite(STE.apply(torch.tensor([-1.0, 0.0, 2.0]), bits, symmetric)).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(schedule=st.sampled_from(["constant", "step", "cosine"]), progress=st.floats(0, 1),
        warmup=st.floats(0, 1, exclude_max=True))
 def test_a_rate_is_never_above_its_peak_nor_below_zero(schedule, progress, warmup):

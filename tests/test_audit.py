@@ -15,7 +15,7 @@ PACKAGES = ["numpy==1.26.0", "tqdm==4.66.0"]
 
 
 @pytest.fixture
-def service():
+def service(monkeypatch):
     """A vulnerability service on this machine that speaks OSV's protocol and knows one flaw, in
     NumPy below 1.26.1.
     """
@@ -38,6 +38,7 @@ def service():
         def log_message(self, *arguments):
             pass
 
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

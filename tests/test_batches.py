@@ -148,6 +148,9 @@ def test_a_cutout_larger_than_the_image_may_blank_it_all(small_cifar):
     assert all((x == 0).all() for x, _ in batches)
 
 
+# ---------------------------------------------------------------- draws and defaults
+
+
 @pytest.mark.parametrize("seed, epoch, digest", [
     (0, 1, "abc54d707f21fe77"), (0, 2, "c63cc03bd0e9f79c"), (3, 1, "ff09c9b14dbbb911")])
 def test_the_draws_of_a_seed_and_an_epoch_stay_what_they_are(seed, epoch, digest):

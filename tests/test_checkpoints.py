@@ -243,7 +243,10 @@ def set_nan(state):
         "NaN",
     ],
 )
-def test_a_file_that_is_no_checkpoint_of_the_net_is_refused(net, tmp_path, write, complaint):
+def test_a_file_that_is_no_checkpoint_of_the_net_is_refused(
+    net, tmp_path, monkeypatch, write, complaint
+):
+    monkeypatch.chdir(tmp_path)  # where the bomb would go off
     write(net, tmp_path / "net.pt")
     other = ResNetCIFAR(num_layers=8)
     before = state_of(other)

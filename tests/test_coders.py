@@ -16,7 +16,7 @@ from model_file import context_model
 from model_file.coders import CODERS, Alphabet, ByteReader, CompressionError, decode, encode
 from model_file.range_coder import ONE, RangeDecoder, RangeEncoder
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 names = st.sampled_from(sorted(CODERS))
 
 

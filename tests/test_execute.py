@@ -67,24 +67,41 @@ print(os.path.exists('here {other}'), os.environ['OMP_NUM_THREADS'])
 """
 
 
+def test_several_are_executed_at_once(tmp_path, monkeypatch):
+    paths = [write(tmp_path, MEETING.format(me=me, other=other), name=f"{me}.ipynb")
+             for me, other in ("ab", "ba")]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    execute(paths, jobs=2)
+    assert [outputs(path) for path in paths] == [["True 3"]] * 2
+
+
 @pytest.mark.parametrize("cores, set_to, threads", [(2, None, "1"), (9, None, "4"), (9, "3", "3")])
-def test_several_are_executed_at_once_and_share_the_cores(tmp_path, monkeypatch, cores, set_to,
-                                                          threads):
-    monkeypatch.setattr("report.execute.os.sched_getaffinity", lambda pid: range(cores))
+def test_those_at_once_share_the_cores(tmp_path, monkeypatch, cores, set_to, threads):
+    seen = []
+
+    async def noted(client, env):
+        seen.append(env["OMP_NUM_THREADS"])
+
+    monkeypatch.setattr("report.execute.NotebookClient.async_execute", noted)
+    monkeypatch.setattr("report.execute.os.sched_getaffinity", lambda pid: range(cores),
+                        raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if set_to:
         monkeypatch.setenv("OMP_NUM_THREADS", set_to)
-    paths = [write(tmp_path, MEETING.format(me=me, other=other), name=f"{me}.ipynb")
-             for me, other in ("ab", "ba")]
-    execute(paths)
-    assert [outputs(path) for path in paths] == [[f"True {threads}"]] * 2
+    execute([write(tmp_path, "1", name=f"{name}.ipynb") for name in "ab"])
+    assert seen == [threads] * 2
 
 
 def test_one_after_the_other_if_so_told(tmp_path):
-    show = "import os; print(os.path.exists('b.ipynb.done')); open('{}.ipynb.done', 'w').close()"
+    show = """
+import os, time
+print(os.path.exists('a is done'))
+time.sleep(1)
+open('{} is done', 'w').close()
+"""
     paths = [write(tmp_path, show.format(name), name=f"{name}.ipynb") for name in "ab"]
     assert main([*map(str, paths), "--jobs", "1"]) == 0
-    assert [outputs(path) for path in paths] == [["False"], ["False"]]
+    assert [outputs(path) for path in paths] == [["False"], ["True"]]
 
 
 def test_the_first_that_fails_stops_the_others(tmp_path, capsys):

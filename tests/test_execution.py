@@ -33,7 +33,7 @@ BOTH, GRAPH = Execution(bf16=True, compile=True), Execution(graph=True)
 BF16_GRAPH = Execution(bf16=True, graph=True)
 
 
-# ---------------------------------------------------------------- the same net
+# ---------------------------------------------------------------- the same net, and threads
 
 
 def test_logits_are_float32_and_close_in_bfloat16(net, small_cifar):
@@ -121,6 +121,14 @@ def test_an_evaluation_is_in_float32_however_the_net_is_trained(net, small_cifar
     monkeypatch.setattr(F, "conv2d", watched)
     fit(net, Recipe(epochs=1, batch_size=32), first_of(small_cifar, 64, 50), execution=BF16)
     assert set(seen) == {(True, True), (False, False)}
+
+
+def test_threads_are_given_back_after_an_error():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt), Execution(threads=before + 1).in_its_threads():
+        assert torch.get_num_threads() == before + 1
+        raise KeyboardInterrupt
+    assert torch.get_num_threads() == before
 
 
 # ---------------------------------------------------------------- the fastest
@@ -283,14 +291,6 @@ def test_what_is_timed_is_training_in_the_way_asked_for(net, monkeypatch):
     seconds_a_step(net, 4, BF16, steps=1)
     hook.remove()
     assert seen == [(True, True), "backward", "step"] * 3
-
-
-def test_threads_are_given_back_after_an_error():
-    before = torch.get_num_threads()
-    with pytest.raises(KeyboardInterrupt), Execution(threads=before + 1).in_its_threads():
-        assert torch.get_num_threads() == before + 1
-        raise KeyboardInterrupt
-    assert torch.get_num_threads() == before
 
 
 def test_timing_leaves_the_net_as_it_was(net):

@@ -10,6 +10,7 @@ import re
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -413,6 +414,17 @@ def test_long_code_goes_on_over_pages(read):
     assert all(f"line_{i}={i}" in flat("".join(pages)) for i in range(150))
 
 
+def test_no_line_of_a_long_listing_stands_alone(read):
+    cells = []
+    for i in range(40):  # the room left on the page differs each time
+        filler = "filler\n\n" * (25 if i < 20 else 10) + "## T\n\n" * (i % 2) + "<br>" * (i % 20)
+        cells += [new_markdown_cell(f"# T\n\n{filler}."),
+                  code("\n".join(f"line_{i}_{j} = 0" for j in range(40)))]
+    pages = [page.extract_text() for page in read(cells).pages]
+    counts = [len(re.findall(rf"line_{i}_", page)) for i in range(40) for page in pages]
+    assert 1 not in counts and sum(0 < count < 40 for count in counts) > 20
+
+
 # ---------------------------------------------------------------- tables and figures
 
 
@@ -609,13 +621,26 @@ def unreadable(form):
     return code("plot()", display(image_jpeg=data))
 
 
-# where it stands makes no difference that depends on the form
 @pytest.mark.parametrize("form, before", [
-    *(("CMYK", before) for before in range(4)), ("cut off", 1), ("in Markdown", 2), ("depth", 3)])
+    ("CMYK", 0), ("cut off", 1), ("in Markdown", 2), ("depth", 3)])
 def test_what_typst_cannot_read_is_refused_by_name(write, refused, form, before):
     cells = [new_markdown_cell("# T"), *(code("plot()", figure()) for _ in range(before)),
              unreadable(form), code("plot()", figure()), new_markdown_cell("$\\nosuchmacro$")]
     refused(write([], cells), rf"lab1_sparse_linear\.ipynb, cell {before + 2}: Typst refused it")
+
+
+@pytest.mark.parametrize("bad", range(-1, 6))
+def test_the_piece_that_typst_refuses_is_found_wherever_it_stands(monkeypatch, bad):
+    """-1: the cover."""
+    def compile_(pieces, *_):
+        if bad == -1 or len(pieces) > bad:
+            raise export_report.Refusal(f"{len(pieces)} pieces")
+
+    monkeypatch.setattr(export_report, "_compile", compile_)
+    pieces = [SimpleNamespace(where=f"cell {i}") for i in range(6)]
+    error = export_report._placed("all", pieces, None, None)
+    place = "STUDENT or NETID, on the cover" if bad == -1 else f"cell {bad}"
+    assert str(error).startswith(f"{place}: ")
 
 
 def test_unreadable_formula_is_refused(write, refused):
@@ -802,6 +827,59 @@ def test_dollars_are_read_as_jupyter_reads_them(read):
         assert flat(cases[source]) in shown, source
 
 
+def test_images_in_markdown_are_taken_over(read, tmp_path):
+    (tmp_path / "plot.png").write_bytes(png("#ff0000"))
+    uri = "data:image/png;base64," + base64.b64encode(png("#00ff00")).decode()
+    attached = new_markdown_cell("![attached](attachment:a.png)")
+    attached["attachments"] = {"a.png": {"image/png": base64.b64encode(png("#0000ff")).decode()}}
+    reader = read([new_markdown_cell("# T\n\n![local](plot.png)\n\n![uri](" + uri + ")"), attached])
+    assert len(drawn(reader.pages[1])[1]) == 3
+
+
+def test_images_may_have_spaces_in_their_names(read, tmp_path):
+    (tmp_path / "my plot.png").write_bytes(png("#ff0000"))
+    attached = new_markdown_cell("![attached](attachment:my%20image.png)")
+    attached["attachments"] = {
+        "my image.png": {"image/png": base64.b64encode(png("#0000ff")).decode()}}
+    local = new_markdown_cell("# T\n\n![a](my%20plot.png)\n\n![b](<my plot.png>)")
+    reader = read([local, attached])
+    assert len(drawn(reader.pages[1])[1]) == 3
+
+
+def test_an_error_names_notebook_and_cell_and_prints_no_data_uri(write, refused):
+    uri = "data:image/bmp;base64," + "A" * 5000
+    refused(write([], [new_markdown_cell("# T"), new_markdown_cell("![x](" + uri + ")")]),
+            r"lab1_sparse_linear.ipynb, cell 2 has the image data:image/bmp.{,80}, which")
+    error = new_output("error", ename="ValueError", evalue=f"no image: {uri}.", traceback=[])
+    refused(write([], [], [code("x", error)]),
+            r"hw4\.ipynb, cell 1 stopped with ValueError: no image: data:image/bmp.{,80}\.; mend")
+    refused(write([], [], [new_markdown_cell(r"$\nosuchmacro{\text{" + uri + "}}$")]),
+            r"(?s)hw4\.ipynb, cell 1: (?!.*A{60})")
+    refused(write([], [], [new_markdown_cell("# T"), new_markdown_cell(r"$\\nosuchmacro{x}$")]),
+            r"hw4\.ipynb, cell 2: .*nosuchmacro")
+
+
+def test_a_machine_on_which_no_pandoc_runs_is_told_what_to_install(write, refused, monkeypatch):
+    monkeypatch.setattr(pypandoc, "__pandoc_path", None)  # what an earlier export found
+    monkeypatch.setenv("PYPANDOC_PANDOC", os.devnull)  # there, but no program
+    refused(write([new_markdown_cell("# T")]), "no pandoc runs .* `brew install pandoc`")
+
+
+def test_a_code_cell_without_outputs_is_an_error_of_ours(write, refused):
+    folder = write()
+    path = folder / "hw4.ipynb"
+    path.write_text('{"cells": [{"cell_type": "code", "source": "1", "metadata": {}}]}')
+    refused(folder, r"hw4\.ipynb, cell 1 has no list of outputs")
+
+
+@pytest.mark.parametrize("outputs", [[{}], ["text"], [{"output_type": "error"}]], ids=str)
+def test_an_output_that_is_none_makes_a_notebook_unreadable(write, refused, outputs):
+    folder = write()
+    cell = {"cell_type": "code", "source": "1", "metadata": {}, "outputs": outputs}
+    (folder / "hw4.ipynb").write_text(json.dumps({"cells": [cell]}))
+    refused(folder, r"hw4\.ipynb is no readable notebook of version 4")
+
+
 # ---------------------------------------------------------------- characters that fonts lack
 
 
@@ -931,17 +1009,6 @@ def test_a_caption_is_one_paragraph(write, refused, caption):
     refused(write([], [], cells), r"hw4\.ipynb, cell 2 has a caption that is not one paragraph")
 
 
-def test_no_line_of_a_long_listing_stands_alone(read):
-    cells = []
-    for i in range(40):  # the room left on the page differs each time
-        filler = "filler\n\n" * (25 if i < 20 else 10) + "## T\n\n" * (i % 2) + "<br>" * (i % 20)
-        cells += [new_markdown_cell(f"# T\n\n{filler}."),
-                  code("\n".join(f"line_{i}_{j} = 0" for j in range(40)))]
-    pages = [page.extract_text() for page in read(cells).pages]
-    counts = [len(re.findall(rf"line_{i}_", page)) for i in range(40) for page in pages]
-    assert 1 not in counts and sum(0 < count < 40 for count in counts) > 20
-
-
 # ---------------------------------------------------------------- this repository's own report
 
 
@@ -1001,56 +1068,3 @@ def test_own_text_has_no_character_that_a_reader_cannot_see(own):
     _, reader, text = own
     assert not re.search("[\u200b-\u200d\u2060\ufeff]", text)
     assert missing_glyphs(reader) == 0
-
-
-def test_images_in_markdown_are_taken_over(read, tmp_path):
-    (tmp_path / "plot.png").write_bytes(png("#ff0000"))
-    uri = "data:image/png;base64," + base64.b64encode(png("#00ff00")).decode()
-    attached = new_markdown_cell("![attached](attachment:a.png)")
-    attached["attachments"] = {"a.png": {"image/png": base64.b64encode(png("#0000ff")).decode()}}
-    reader = read([new_markdown_cell("# T\n\n![local](plot.png)\n\n![uri](" + uri + ")"), attached])
-    assert len(drawn(reader.pages[1])[1]) == 3
-
-
-def test_images_may_have_spaces_in_their_names(read, tmp_path):
-    (tmp_path / "my plot.png").write_bytes(png("#ff0000"))
-    attached = new_markdown_cell("![attached](attachment:my%20image.png)")
-    attached["attachments"] = {
-        "my image.png": {"image/png": base64.b64encode(png("#0000ff")).decode()}}
-    local = new_markdown_cell("# T\n\n![a](my%20plot.png)\n\n![b](<my plot.png>)")
-    reader = read([local, attached])
-    assert len(drawn(reader.pages[1])[1]) == 3
-
-
-def test_an_error_names_notebook_and_cell_and_prints_no_data_uri(write, refused):
-    uri = "data:image/bmp;base64," + "A" * 5000
-    refused(write([], [new_markdown_cell("# T"), new_markdown_cell("![x](" + uri + ")")]),
-            r"lab1_sparse_linear.ipynb, cell 2 has the image data:image/bmp.{,80}, which")
-    error = new_output("error", ename="ValueError", evalue=f"no image: {uri}.", traceback=[])
-    refused(write([], [], [code("x", error)]),
-            r"hw4\.ipynb, cell 1 stopped with ValueError: no image: data:image/bmp.{,80}\.; mend")
-    refused(write([], [], [new_markdown_cell(r"$\nosuchmacro{\text{" + uri + "}}$")]),
-            r"(?s)hw4\.ipynb, cell 1: (?!.*A{60})")
-    refused(write([], [], [new_markdown_cell("# T"), new_markdown_cell(r"$\\nosuchmacro{x}$")]),
-            r"hw4\.ipynb, cell 2: .*nosuchmacro")
-
-
-def test_a_machine_on_which_no_pandoc_runs_is_told_what_to_install(write, refused, monkeypatch):
-    monkeypatch.setattr(pypandoc, "__pandoc_path", None)  # what an earlier export found
-    monkeypatch.setenv("PYPANDOC_PANDOC", os.devnull)  # there, but no program
-    refused(write([new_markdown_cell("# T")]), "no pandoc runs .* `brew install pandoc`")
-
-
-def test_a_code_cell_without_outputs_is_an_error_of_ours(write, refused):
-    folder = write()
-    path = folder / "hw4.ipynb"
-    path.write_text('{"cells": [{"cell_type": "code", "source": "1", "metadata": {}}]}')
-    refused(folder, r"hw4\.ipynb, cell 1 has no list of outputs")
-
-
-@pytest.mark.parametrize("outputs", [[{}], ["text"], [{"output_type": "error"}]], ids=str)
-def test_an_output_that_is_none_makes_a_notebook_unreadable(write, refused, outputs):
-    folder = write()
-    cell = {"cell_type": "code", "source": "1", "metadata": {}, "outputs": outputs}
-    (folder / "hw4.ipynb").write_text(json.dumps({"cells": [cell]}))
-    refused(folder, r"hw4\.ipynb is no readable notebook of version 4")

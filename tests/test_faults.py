@@ -27,7 +27,6 @@ from files import atomic_write, check_writable
 from FP_layers import Learned
 from train_utils import fit, train
 from training import journal
-from training.batches import Batches
 from training.checkpoints import atomic_save
 from training.journal import Journal
 from training.recipe import Recipe
@@ -178,6 +177,7 @@ from training.recipe import Recipe
 torch.set_num_threads({threads})
 data = CIFAR10(*torch.load({data!r}, weights_only=True))
 train_utils.get_data = lambda device: data
+run.build.__defaults__ = ("cpu",)
 run.ResNetCIFAR = lambda layers, *arguments: ResNetCIFAR(8, *arguments)
 recipe = Recipe(epochs=2, batch_size=32, lr=0.01)
 runs.RUNS = {{"pretrain": runs.Run("pretrain", "a tiny run", start_from=None, keep="last",
@@ -561,21 +561,11 @@ def test_the_same_run_twice_gives_the_same_bits_and_another_seed_others(small_ci
     assert not same(first[0], other[0]) and first[1] != other[1]
 
 
-def test_a_seed_covers_initialization_order_and_augmentation(small_cifar):
+def test_a_seed_covers_initialization():
     nets = [build(name, "cpu") for name in ("pretrain", "pretrain@1", "pretrain@1", "pretrain@2")]
     weights = [net.head_conv[0].conv.weight for net in nets]
     assert torch.equal(weights[1], weights[2])
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[3])
-
-    def epoch(seed):
-        batches = Batches(small_cifar.train_images, torch.arange(64), 64, seed, augment=True)
-        (x, order), = batches
-        return x[order.argsort()], order
-
-    (x, order), (other_x, other_order) = epoch(1), epoch(2)
-    assert not torch.equal(order, other_order)
-    moved = (x != other_x).flatten(1).any(1).float().mean()
-    assert moved > 0.9  # of 162 ways to crop and flip, two seeds seldom choose the same
 
 
 # ---------------------------------------------------------------- importing
@@ -600,12 +590,12 @@ import torch, torchvision
 sys.dont_write_bytecode = True
 sys.path.insert(0, sys.argv[1])
 sys.addaudithook(watch)
-started = time.process_time()
+random_state, started = torch.get_rng_state(), time.process_time()
 for name in sys.argv[2:]:
     __import__(name)
 print(time.process_time() - started)
 assert not torch.cuda.is_initialized()
-assert torch.initial_seed() == torch.default_generator.initial_seed()
+assert torch.equal(torch.get_rng_state(), random_state)
 assert seen == [], seen
 """
 

@@ -8,7 +8,7 @@ import torch
 
 import cifar10
 import train_utils
-from conftest import REPOSITORY, first_of
+from conftest import REPOSITORY, first_of, same, state_of
 from resnet20 import ResNetCIFAR
 from training.checkpoints import load_weights
 
@@ -51,11 +51,11 @@ def test_the_same_architecture_loads_however_it_was_saved(net, tmp_path, change)
 ])
 def test_what_is_no_state_dict_is_named_for_what_it_is(net, tmp_path, object_, complaint):
     torch.save(object_, tmp_path / "net.pt")
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    before = state_of(net)
     with pytest.raises(ValueError, match=complaint) as caught:
         load_weights(net, tmp_path / "net.pt")
     assert "weights_only" not in str(caught.value)  # torch's advice, an option that we do not have
-    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert same(net.state_dict(), before)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,9 @@ def test_the_data_folder_does_not_depend_on_where_one_starts(monkeypatch, tmp_pa
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
     assert str(again.default_root()) == str(REPOSITORY / "data")
+
+
+# ---------------------------------------------------------------- nets of other libraries
 
 
 @pytest.mark.parametrize("fixed_point", [{}, {"Nbits": 4}], ids=["float", "4 bits"])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import FP_layers
+from conftest import same, state_of
 from FP_layers import (
     STE, FP_Conv, FP_Linear, Learned, LearnedStep, MinMax, check_n_bits, code_range, fit_step,
 )
@@ -425,10 +426,10 @@ def test_fitting_again_fits_the_step_to_the_weight_as_it_is(case):
 @pytest.mark.parametrize("bit, quantizer", [(None, Learned), (None, MinMax), (3, MinMax)])
 def test_fitting_where_nothing_is_learned_changes_nothing(case, bit, quantizer):
     layer, _, _, x = case(Nbits=bit, quantizer=quantizer)
-    expected, before = layer(x), {k: t.clone() for k, t in layer.state_dict().items()}
+    expected, before = layer(x), state_of(layer)
     layer.fit_quantizer()
     assert torch.equal(layer(x), expected)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    assert same(layer.state_dict(), before)
 
 
 @both_layers
@@ -476,9 +477,9 @@ def test_bits_set_later_are_as_good_as_bits_at_construction(case, before, symmet
             layer, inner, _, x = case(Nbits=before, symmetric=symmetric, quantizer=quantizer)
             inner.weight.data *= 1.5  # what is learned is fitted to the weight as it is
             layer.Nbits = bit
-            anew, other, *_ = case(Nbits=None, symmetric=symmetric, quantizer=quantizer)
+            anew, other, *_ = case(Nbits=bit, symmetric=symmetric, quantizer=quantizer)
             other.load_state_dict(inner.state_dict())
-            anew.Nbits = bit
+            anew.fit_quantizer()
             assert layer.Nbits == bit
             assert layer.state_dict().keys() == anew.state_dict().keys()
             assert torch.equal(layer(x), anew(x))
@@ -512,13 +513,12 @@ def test_bits_that_are_refused_leave_the_layer_as_it_was(
 ):
     layer, _, _, x = case(Nbits=before, symmetric=symmetric, quantizer=quantizer)
     kept, expected = layer.quantizer, layer(x)
-    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    state = state_of(layer)
     with pytest.raises(error, match="Nbits must be") as caught:
         layer.Nbits = bad
     assert str(bad) in str(caught.value)
     assert layer.quantizer is kept and layer.Nbits == before
-    assert torch.equal(layer(x), expected) and layer.state_dict().keys() == state.keys()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+    assert torch.equal(layer(x), expected) and same(layer.state_dict(), state)
 
 
 @both_layers

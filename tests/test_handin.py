@@ -54,6 +54,12 @@ def test_a_hand_in_that_cannot_take_its_place_leaves_the_earlier_one(source, tmp
     assert (tmp_path / "handin" / "report.pdf").read_bytes() == earlier
 
 
+def test_a_name_is_checked_before_anything_is_executed(source, tmp_path):
+    """As `make handin` does it: with a name it goes on, and nothing is written yet."""
+    assert run(source, tmp_path / "handin", "--check") == 0
+    assert not (tmp_path / "handin").exists()
+
+
 @pytest.mark.parametrize("variable", ["STUDENT", "NETID"])
 @pytest.mark.parametrize("value", ["", "  "])
 @pytest.mark.parametrize("options", [[], ["--check"]])

@@ -24,7 +24,7 @@ W_STAR = np.array([0.0, -3.0, 0.0, 0.0, 1.0])
 
 vectors = arrays(float, 5, elements=st.floats(-5, 5, allow_subnormal=False))
 thresholds = st.floats(0.001, 3)
-exhaustive = settings(max_examples=60, deadline=None)
+exhaustive = settings(max_examples=60)
 
 
 def read():

@@ -22,8 +22,12 @@ def test_it_is_written_as_one_sentence(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(precision, "compare", lambda *arguments: found)
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     monkeypatch.setattr(precision, "bf16_is_right", lambda net: True)
-    precision.main(["--out", str(tmp_path / "p.json")])
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n" + "\n".join(precision.SECTION) + "\nb\n")
+    precision.main(["--out", str(tmp_path / "p.json"), "--write", str(readme)])
     printed = capsys.readouterr().out
+    assert readme.read_text().count(precision.sentence(json.loads(
+        (tmp_path / "p.json").read_text()))) == 1
     assert "78.00, 80.00, 79.00 % on 5,000 held-out images" in printed
     assert "-1.00 points, with a standard error of 0.58" in printed
     assert json.loads((tmp_path / "p.json").read_text()) == found | {"epochs": 3, "held_out": 5000}

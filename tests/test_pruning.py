@@ -224,7 +224,7 @@ def test_without_a_method_nothing_is_pruned(net):
     assert same(net.state_dict(), before)
 
 
-# ---------------------------------------------------------------- refused, and nothing changed
+# ---------------------------------------------------------------- allowed, or refused unchanged
 
 
 both = pytest.mark.parametrize("prune_it", [prune_by_percentage, global_prune_by_percentage])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train_utils
+from conftest import same
 from experiments import records, run
 from experiments.run import seconds_needed
 from pruning import layer_sparsity, sparsity
@@ -30,10 +31,7 @@ def test_building_is_reproducible_and_leaves_the_global_seed_alone():
 
 
 def same_weights(net, other):
-    state, expected = net.state_dict(), other.state_dict()
-    return state.keys() == expected.keys() and all(
-        torch.equal(state[name], expected[name]) for name in state
-    )
+    return same(net.state_dict(), other.state_dict())
 
 
 # ---------------------------------------------------------------- trained and recorded

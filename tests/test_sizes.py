@@ -87,7 +87,7 @@ def huffman_bytes(array, alphabet):
     return length("Huffman", array, alphabet) - table(array, alphabet)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 200), min_size=2, max_size=5).filter(any))
 def test_huffman_is_the_shortest_of_all_prefix_codes(counts):
     array = np.repeat(np.arange(len(counts)), counts)
@@ -197,19 +197,19 @@ def test_the_command_writes_table_figure_and_file(monkeypatch, tmp_path):
     monkeypatch.setattr(sizes, "SHIPPED", tmp_path)
     monkeypatch.setattr(sizes, "CSV", tmp_path / "sizes.csv")
     monkeypatch.setattr(sizes, "FIGURE", tmp_path / "frontier.png")
-    few = {name: RUNS[name] for name in ("pretrain", "lab3c_4bit")}
+    few = {name: RUNS[name] for name in ("pretrain", RUN)}
     monkeypatch.setattr(sizes, "RUNS", few)
     monkeypatch.setattr(sizes, "evaluate", lambda net: (0.0, 0.8765))
     assert sizes.main() == 0
     rows = (tmp_path / "sizes.csv").read_text().splitlines()
     assert rows[0] == "run,method,bytes,accuracy" and len(rows) == 1 + 2 * 7
-    recorded = sizes.read_sizes(tmp_path / "sizes.csv")["lab3c_4bit"]
+    recorded = sizes.read_sizes(tmp_path / "sizes.csv")[RUN]
     assert recorded["context, 7-bit floats"][1] == 0.8765
-    assert recorded["context"] == (len(compress(load_checkpoint("lab3c_4bit"))),
-                                   round(read_record("lab3c_4bit")["test_accuracy"], 4))
+    assert recorded["context"] == (len(compress(load_checkpoint(RUN))),
+                                   round(read_record(RUN)["test_accuracy"], 4))
     assert (tmp_path / "frontier.png").read_bytes()[:4] == b"\x89PNG"
-    net = load_checkpoint("lab3d_2bit_improved")
-    assert (tmp_path / "lab3d_2bit_improved.rnpq").read_bytes() == compress(net, "context", 7)
+    file = (tmp_path / f"{RUN}.rnpq").read_bytes()
+    assert file == compress(load_checkpoint(RUN), "context", 7)
 
 
 # ---------------------------------------------------------------- the codec of a standard

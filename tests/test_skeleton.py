@@ -118,7 +118,7 @@ def test_the_courses_spelling_hands_on_the_same_functions():
 def on_a_slice(monkeypatch, tmp_path, small_cifar):
     """A folder as a reader has it, and few images."""
     data = CIFAR10(*(tensor[:n] for tensor, n in zip(small_cifar, (64, 64, 100, 100))))
-    monkeypatch.setattr(train_utils, "get_data", lambda device: data)
+    monkeypatch.setattr(train_utils, "get_data", lambda device: data.to(device))
     shutil.copy(REPOSITORY / "pretrained_model.pt", tmp_path)
     monkeypatch.chdir(tmp_path)
 

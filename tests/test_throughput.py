@@ -101,6 +101,7 @@ def test_the_assigned_workers_start_as_in_a_process_of_the_readers_own(process):
     assert process.pool.submit(start_method).result() == multiprocessing.get_start_method()
 
 
+@pytest.mark.slow
 def test_the_assigned_process_times_what_it_is_told(process):
     with pytest.raises(ValueError, match="steps must be at most"):
         process.train(16, 10**6, 0)
