@@ -12,7 +12,7 @@ import torch.nn.functional as F
 __all__ = ["STE", "LearnedStep", "MinMax", "Learned", "FP_Conv", "FP_Linear", "check_n_bits",
            "code_range", "fit_step", "torch", "nn", "F", "math", "np", "device"]
 
-MAX_BITS = 16  # beyond this, float32 no longer tells neighbouring levels apart reliably
+MAX_BITS = 16  # far below the 24 of float32, so that neighbouring levels differ
 
 
 def __getattr__(name):

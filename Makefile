@@ -1,5 +1,5 @@
 # make report   everything from nothing to report.pdf and further.pdf
-# make test     unit tests, and nbval over the notebooks      make check     unit tests alone
+# make test     unit tests, and nbval over the notebooks      make check     the quick unit tests
 # make notebooks   refresh the stored outputs                 make train     train everything from nothing (RUN=name: one run)
 # make handin   the three files to hand in                    make bench     speed against the assigned pipeline
 # make results  README's table, figure and small file, from the records and every network as a file

@@ -277,16 +277,16 @@ def _try(problems, read, place):
         return None
 
 
-def hold_out(data, n, seed=0):
+def hold_out(data, n):
     """Return a CIFAR10 that trains on all but `n` random training images and tests on those.
 
-    The test set is left out. The same n and seed always hold out the same images. Raises ValueError
-    if n is not between 1 and the number of training images less one.
+    The test set is left out. The same n always holds out the same images. Raises ValueError if n is
+    not between 1 and the number of training images less one.
     """
     total = len(data.train_images)
     if isinstance(n, bool) or not isinstance(n, numbers.Integral) or not 0 < n < total:
         raise ValueError(f"n must be an integer from 1 to {total - 1}, got {n!r}")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).to(
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).to(
         data.train_images.device
     )
     held, kept = order[:n], order[n:].sort().values

@@ -7,9 +7,6 @@ import torch.nn as nn
 
 from arguments import PERCENTAGE, check
 
-__all__ = ["prunable_layers", "percentile", "prune_by_percentage", "global_prune_by_percentage",
-           "prune_before_epoch", "weight_masks", "apply_masks", "sparsity", "layer_sparsity"]
-
 
 def prunable_layers(net):
     """Return [(name, layer)] of all conv and linear layers, save the shortcuts' 1x1 projections.

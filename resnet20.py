@@ -6,8 +6,6 @@ import torch.nn as nn
 
 from FP_layers import FP_Conv, FP_Linear, MinMax
 
-__all__ = ["ResNet_Block", "ResNetCIFAR"]
-
 
 class ResNet_Block(nn.Module):
     """Basic residual block: two 3x3 convolutions and a shortcut, ReLU after their sum.

@@ -60,14 +60,14 @@ def finetune_after_prune(net, trainloader, criterion, optimizer, prune=True):
 
 def fit(net, recipe, data=None, *, pruning=Pruning(), teacher=None, seed=0,
         execution=Execution(), journal=None):
-    """Train `net`, in place, as `recipe` and `pruning` say; return (history, best state).
+    """Train `net`, in place, as `recipe` and `pruning` say; return the history.
 
     recipe, pruning: see training.recipe; data: a cifar10.CIFAR10 on the net's device, fetched if
     None; teacher: a net on the same device, if the recipe distills, put into evaluation mode; seed:
     of order and augmentation; execution: see training.execution; journal: a training.journal's
     Journal, for a name and a state to go on from. It says what history holds and what is raised;
-    ValueError, too, if the pruning takes more epochs than there are. The best state is that of the
-    best epoch tested, from the last pruning on: before it, a net is not sparse enough to count.
+    ValueError, too, if the pruning takes more epochs than there are. Its best epoch is the best one
+    tested from the last pruning on: before it, a net is not sparse enough to count.
     """
     if pruning.epochs > recipe.epochs:
         raise ValueError(f"pruning.epochs must be at most recipe.epochs, {recipe.epochs}, "
@@ -92,7 +92,7 @@ def fit(net, recipe, data=None, *, pruning=Pruning(), teacher=None, seed=0,
                 entry["test_loss"], entry["test_accuracy"] = evaluate(net, data)
                 entry["sparsity"] = sparsity(net)
             journal.epoch_done(epoch, entry, may_be_best=epoch >= pruning.last_epoch)
-    return journal.history, journal.best["state"]
+    return journal.history
 
 
 def _optimizer(net, recipe):
@@ -145,7 +145,7 @@ def _fit_into(checkpoint, net, recipe, pruning, seed, journal):
     if checkpoint is not None:
         check_writable(checkpoint)
     try:
-        history, _ = fit(net, recipe, pruning=pruning, seed=seed, journal=journal)
+        history = fit(net, recipe, pruning=pruning, seed=seed, journal=journal)
     finally:
         if checkpoint is not None and journal.best["state"] is not None:
             atomic_save(journal.best["state"], checkpoint)

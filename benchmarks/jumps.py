@@ -20,7 +20,7 @@ from training.journal import Journal
 
 RESULTS = Path(__file__).with_name("jumps.json")
 RUN = "lab3c_2bit"
-INTO = ROOT / "build" / "jumps"  # where it is trained
+INTO = ROOT / "build" / "jumps"  # where it is trained, and an interrupted training goes on
 
 
 class Twice(Journal):
@@ -41,14 +41,13 @@ class Twice(Journal):
         super().epoch_done(epoch, entry | {"anew_accuracy": accuracy}, may_be_best)
 
 
-def compare(name, n_images, folder=INTO):
+def compare(name, n_images):
     """Train run `name` again; return {"running": accuracies, "anew": accuracies}, one an epoch.
 
-    n_images: training images that statistics are estimated on; folder: where weights and record go,
-    and the state that an interrupted training goes on from. Raises as train_run does.
+    n_images: training images that statistics are estimated on. Raises as train_run does.
     """
     journal = functools.partial(Twice, n_images=n_images)
-    history = train_run(name, folder, journal=journal)["history"]
+    history = train_run(name, INTO, journal=journal)["history"]
     return {"running": [entry["test_accuracy"] for entry in history],
             "anew": [entry["anew_accuracy"] for entry in history]}
 

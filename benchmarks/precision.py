@@ -32,7 +32,7 @@ def compare(seeds, device="cpu"):
         for name, execution in (("float32", Execution()), ("bfloat16", Execution(bf16=True))):
             torch.manual_seed(seed)
             net = ResNetCIFAR(20).to(device)
-            history, _ = train_utils.fit(net, replace(SGD, epochs=EPOCHS), data, seed=seed,
+            history = train_utils.fit(net, replace(SGD, epochs=EPOCHS), data, seed=seed,
                                          execution=execution, journal=Journal(f"{name}, {seed}"))
             found[name].append(history[-1]["test_accuracy"])
     return found

@@ -1,8 +1,8 @@
 """Our training and evaluation against the assigned pipeline, in turns on one device: `make bench`.
 
 Both train the same float ResNet-20 with the same SGD. Ours is what `make train` does: images on the
-device, train_utils.train_epoch, channels_last, and the precision and compilation that are fastest
-here (see training.execution), of which each candidate is timed. Each side has a process of its own,
+device, train_utils.train_epoch, channels_last; compiled, or as a CUDA graph, in bfloat16 where that
+is right (see training.execution). Each side has a process of its own,
 so that the allocator settings of `make train` are ours alone. Warm-up steps and compilation are not
 in the images/s.
 """
@@ -39,7 +39,7 @@ NAMES = {"assigned": "assigned", "float32": "ours, float32", "bfloat16": "ours, 
 
 
 def candidates(device, eager=False):
-    """Return {name: Execution} of our ways to train on `device`, those that `fastest` may take.
+    """Return {name: Execution} of ways to train on `device` that execution.fastest may take.
 
     Compiled, or as a CUDA graph, in bfloat16 where that is right. eager: the uncompiled ones.
     """

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from experiments.records import SHIPPED, RecordError, read_record, weights_path
+from experiments.records import SHIPPED, RecordError, read_record
 from experiments.runs import RUNS, get
 
 
@@ -41,7 +41,7 @@ def _parser():
                      help="where weights and records go, and parents are looked for first "
                           "(default: checkpoints)")
     run.add_argument("--seeds", type=_count, default=1, metavar="N",
-                     help="train each with N seeds: NAME, NAME@1, ...")
+                     help="train each with N seeds: NAME, NAME@1, ...; the ablation has one")
     run.add_argument("--jobs", type=_count, metavar="N",
                      help="runs at once (default: one for each core, on a GPU one); several take "
                           "one thread each, a single one takes all cores")
@@ -82,21 +82,18 @@ def _run(options):
     if options.seeds > 1 and any("@" in name for name in names):
         raise ValueError(f"--seeds must be 1 where a name has a seed, got {options.seeds}")
     seeds = ["", *(f"@{seed}" for seed in range(1, options.seeds))]
-    asked = list(dict.fromkeys(get(name + seed).name for seed in seeds for name in names))
+    asked = list(dict.fromkeys(
+        get(name + seed).name for seed in seeds for name in names
+        if not (seed and get(name).held_out)))  # their parents' weights are not shipped
     if options.force and len(asked) > 1:  # interrupted, it could not tell what it has done
         raise ValueError(f"--force takes one run, got {len(asked)}; to train more of them again, "
                          "name an empty folder with --into")
     records = {name: None if options.force else read_record(name, options.into) for name in asked}
-    wanted = {name for name in asked if records[name] is None}
-    # what the ablation trains from is trained again where its weights are not: none are shipped
-    while lacking := {parent for name in wanted for parent in get(name).parents & {*asked} - wanted
-                      if not any(weights_path(parent, place).exists()
-                                 for place in (options.into, SHIPPED))}:
-        wanted |= lacking
-    for name in (name for name in asked if name not in wanted):
-        print(f"{name}: trained already, {100 * records[name]['test_accuracy']:.2f} % "
-              "(--force trains it again)")
-    wanted = [name for name in asked if name in wanted]
+    for name, record in records.items():
+        if record is not None:
+            print(f"{name}: trained already, {100 * record['test_accuracy']:.2f} % "
+                  "(--force trains it again)")
+    wanted = [name for name in asked if records[name] is None]
     return pool.run(wanted, options.into, options.jobs, options.as_recorded) if wanted else 0
 
 

@@ -8,8 +8,6 @@ from torch import nn
 from FP_layers import STE
 from training.batches import normalize
 
-__all__ = ["reestimate_statistics", "round_weights"]
-
 
 @torch.no_grad()
 def reestimate_statistics(net, images):

@@ -12,8 +12,6 @@ from experiments.records import ROOT
 from experiments.run import announce, train_run
 from experiments.runs import get
 
-__all__ = ["run"]
-
 
 def run(names, folder, jobs=None, as_recorded=False):
     """Train the runs `names`, `jobs` at once; return the exit status, 1 if any of them failed.

@@ -8,14 +8,12 @@ from pathlib import Path
 
 from experiments.runs import Run, get
 
-__all__ = ["RecordError", "SHIPPED", "RETRAINED", "weights_path", "record_path", "read_record",
-           "sha256", "not_trained"]
-
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "checkpoints"
 # RETRAIN=1 trains into here; shipped files stay as they are
 RETRAINED = ROOT / "build" / "retrained"
-USED = {"test_accuracy", "best", "last", "history", "execution"}  # keys of a record, by others
+# without one of these a record is damaged
+USED = {"test_accuracy", "best", "last", "history", "execution", "environment"}
 
 
 class RecordError(RuntimeError):

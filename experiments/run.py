@@ -22,9 +22,6 @@ from training.checkpoints import fit_quantizers, load_weights, read_state, save_
 from training.execution import Execution, fastest, seconds_a_step
 from training.journal import Journal
 
-__all__ = ["build", "train_run", "load_or_train", "measured", "load_checkpoint",
-           "announce", "seconds_needed"]
-
 QUANTIZERS = {"minmax": MinMax, "learned": Learned}
 TOLERANCE = 0.001  # by which an accuracy may differ from its record's on another device
 
@@ -142,8 +139,9 @@ def _load_parent(name, net, folder, wanted_by):
             load_weights(net, weights)
             return record["weights_sha256"]
     if any(read_record(name, place) for place in (folder, SHIPPED)):
-        raise RecordError(f"{wanted_by} needs {name}, whose weights are not shipped: "
-                          f"python -m experiments run {name} --force")
+        into = "build/trained" if folder == SHIPPED else folder
+        raise RecordError(f"{wanted_by} needs {name}, whose weights are not shipped: python -m "
+                          f"experiments run {name} {wanted_by} --into {into}")
     raise RecordError(f"{wanted_by} needs {name}, which is {not_trained(name)}")
 
 
@@ -180,8 +178,9 @@ def load_checkpoint(checkpoint, Nbits=None, symmetric=False, quantizer=None):
 
     It is a ResNet-20. A run says what a checkpoint does not: bits of a weight, whether levels are
     symmetric, and the quantizer, "minmax" or "learned". For other files the arguments say it, and
-    without them the weights are taken as they are; for a run they say what is to be otherwise.
-    Raises ValueError for an unknown name or quantizer, and as load_weights does.
+    without them the weights are taken as they are; for a run they say what is to be otherwise,
+    though symmetric levels stay symmetric. Raises ValueError for an unknown name or quantizer, and
+    as load_weights does.
     """
     if quantizer is not None:
         check(tuple(QUANTIZERS), quantizer=quantizer)
@@ -209,14 +208,14 @@ def _is_run(name):
 # ---------------------------------------------------------------- how long it takes
 
 
-def seconds_needed(names, device=None):
-    """Return about how many seconds training the runs `names` takes on `device`, one after another.
+def seconds_needed(names):
+    """Return about how many seconds training the runs `names` takes here, one after another.
 
-    From a few steps timed there, uncompiled and in float32: an upper bound more than a mean.
+    From a few steps timed, uncompiled and in float32: an upper bound more than a mean.
     """
     images = sum(run.recipe.epochs * (50_000 - run.held_out) * _steps_alike(run)
                  for run in map(get, names))
-    return images / 256 * seconds_a_step(build("pretrain", device), 256)
+    return images / 256 * seconds_a_step(build("pretrain"), 256)
 
 
 def _steps_alike(run):

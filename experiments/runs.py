@@ -4,8 +4,6 @@ from dataclasses import dataclass, replace
 
 from training.recipe import Pruning, Recipe
 
-__all__ = ["Run", "RUNS", "REFERENCE", "get"]
-
 
 @dataclass(frozen=True)
 class Run:

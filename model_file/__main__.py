@@ -71,7 +71,7 @@ def _parser():
         command.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's name, or a .pt file")
         command.add_argument("out", metavar=out)
         command.add_argument("--bits", type=int, metavar="N",
-                             help="bits of a weight, if it is no run's")
+                             help="bits of a weight (default: the run's)")
         command.add_argument("--quantizer", choices=QUANTIZERS, help="how --bits quantizes: "
                              "minmax, as assigned (default), or learned, with steps in the file")
         command.add_argument("--symmetric", action="store_true", help="--bits: levels around zero")

@@ -14,8 +14,6 @@ from model_file.coders import CompressionError
 from model_file.container import Part, Record
 from resnet20 import ResNetCIFAR
 
-__all__ = ["CompressionError", "compress", "decompress", "describe", "parts_of", "stored_shapes"]
-
 
 def stored_shapes(net):
     """Return {name: shape} of what a file holds: parameters and, for BatchNorms, (2, channels)."""

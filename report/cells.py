@@ -3,8 +3,6 @@
 import json
 import re
 
-__all__ = ["PICTURES", "ReportError", "clean", "described", "read_cells", "shown", "tags"]
-
 PICTURES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
 # Of an output, the best first.
 FORMS = ("text/markdown", *PICTURES, "text/latex", "text/plain", "stdout")

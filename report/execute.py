@@ -14,8 +14,6 @@ from tqdm import tqdm
 from files import atomic_write
 from report.cells import ReportError, clean
 
-__all__ = ["execute"]
-
 
 def execute(paths, out=None, jobs=None):
     """Execute notebooks, each in its folder, and write them with their outputs to the folder `out`.

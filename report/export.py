@@ -21,8 +21,6 @@ from files import atomic_write
 from report.cells import PICTURES, ReportError, clean, described, read_cells, shown, tags
 from report.markup import Piece, Refusal, literal, pandoc, parse, raw
 
-__all__ = ["DOCUMENTS", "ReportError", "export", "typeset"]
-
 MISSING = re.compile(r'the text `"(.+?)"` could not be displayed')
 ROOT = Path(__file__).resolve().parents[1]
 STYLE = Path(__file__).with_name("style.typ")

@@ -10,8 +10,6 @@ from pathlib import Path
 from report.cells import ReportError
 from report.export import ROOT, export
 
-__all__ = ["hand_in"]
-
 NOTEBOOKS = ("lab1_sparse_linear.ipynb", "hw4.ipynb")  # Lab 1, and Labs 2 and 3
 
 

@@ -12,8 +12,6 @@ import pypandoc
 
 from report.cells import PICTURES, ReportError, clean
 
-__all__ = ["Piece", "Refusal", "literal", "pandoc", "parse", "raw"]
-
 DOLLARS = re.compile(
     r"(^(?:```|~~~)[\s\S]*?^(?:```|~~~)|`[^`\n]*`|\\\$|\$\$[\s\S]*?\$\$)"  # left as it is
     r"|\$((?:[^$\\\n]|\\[\s\S]|\n(?!\s*\n))+?)\$(?=(\d?))", re.MULTILINE)

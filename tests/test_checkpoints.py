@@ -46,9 +46,10 @@ def make_teacher():
 def train(data, state_path=None, net=None):
     """Return (net, history, best) of a training that is pruned on the way, from `state_path` on."""
     net = make_net(Nbits=4) if net is None else net
-    history, best = fit(net, RECIPE, data, pruning=Pruning("global", 50.0, epochs=2), seed=5,
-                        teacher=make_teacher(), journal=Journal("run", state_path))
-    return net, history, best
+    journal = Journal("run", state_path)
+    fit(net, RECIPE, data, pruning=Pruning("global", 50.0, epochs=2), seed=5,
+        teacher=make_teacher(), journal=journal)
+    return net, journal.history, journal.best["state"]
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_fit_takes_weight_and_temperature_from_the_recipe(
     (x, y), = Batches(*small_cifar[:2], 128, seed=2, augment=True)
     with torch.no_grad():
         expected = by_formula(copy.deepcopy(net).train()(x), y, teacher(x), 0.3, temperature)
-    history, _ = fit(net, recipe, small_cifar, teacher=teacher, seed=2)
+    history = fit(net, recipe, small_cifar, teacher=teacher, seed=2)
     assert history[0]["train_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 

@@ -130,18 +130,12 @@ def test_run_into_another_folder_trains_from_nothing_and_goes_on_there(
     )
 
 
-@pytest.mark.parametrize("asked, trained", [
-    (["pretrain", "iterative"], ["pretrain", "iterative"]), (["pretrain"], [])])
-def test_a_parent_without_weights_is_trained_again_for_a_child(pretrained, monkeypatch, asked,
-                                                               trained):
-    """As in the ablation, whose weights are not shipped."""
-    redefine("pretrain", held_out=28)
-    commands.main(["run", "pretrain"])
-    records.weights_path("pretrain").unlink()
-    monkeypatch.setattr(pool, "run", lambda names, *how: started.append(names) or 0)
-    started = []
-    assert commands.main(["run", *asked]) == 0
-    assert started == ([trained] if trained else [])
+def test_seeds_of_what_is_shipped_leave_its_records_as_they_are(trained):
+    """The ablation has one seed: its weights are not shipped, and its parents' would be needed."""
+    redefine("iterative", held_out=28)
+    redefine("quantized", start_from="iterative", held_out=28)
+    assert commands.main(["run", "all", "--seeds", "2", "--jobs", "1"]) == 0
+    assert trained == ["iterative", "quantized", "pretrain@1"]
 
 
 def test_into_the_shipped_folder_is_into_it_however_it_is_written(tiny_runs, monkeypatch, tmp_path):

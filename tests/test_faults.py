@@ -123,7 +123,7 @@ def test_the_bar_counts_steps_and_goes_on_where_it_was(monkeypatch, small_cifar,
     monkeypatch.setattr(journal, "tqdm", Bar)
     for epochs in (1, 2):  # of four steps
         recipe = dataclasses.replace(RECIPE, epochs=epochs)
-        history, _ = fit(make_net(), recipe, small_cifar,
+        history = fit(make_net(), recipe, small_cifar,
                          journal=Journal(state_path=tmp_path / "state.pt", log_every_n=3))
     assert moves == [(0, 3, 4), (3, 1, 4), (4, 3, 8), (7, 1, 8)]
     assert shown == [f"{100 * entry['test_accuracy']:.2f}%" for entry in history]
@@ -549,7 +549,7 @@ def test_nothing_here_loads_what_could_run(name):
 def trained(data, threads_seed=0, seed=3):
     torch.manual_seed(threads_seed)  # the global generator must not matter
     net = build("pretrain", "cpu")
-    history, _ = train_net(net, data, ONE_EPOCH, seed=seed)
+    history = train_net(net, data, ONE_EPOCH, seed=seed)
     return net.state_dict(), history[0]["train_loss"]
 
 

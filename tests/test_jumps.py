@@ -19,7 +19,7 @@ def compare(pretrained, monkeypatch, tmp_path):
     """jumps.compare of a run of two epochs, on 64 images, trained into tmp_path / "again"."""
     redefine("quantized", start_from="pretrain", recipe={"epochs": 2})
     monkeypatch.setattr(jumps, "RUN", "quantized")
-    monkeypatch.setattr(jumps.compare, "__defaults__", (tmp_path / "again",))
+    monkeypatch.setattr(jumps, "INTO", tmp_path / "again")
     return lambda: jumps.compare("quantized", 64)
 
 

@@ -221,12 +221,16 @@ def test_a_run_whose_parents_weights_are_not_shipped_says_how_to_make_them(pretr
     redefine("pretrain", held_out=28)
     run.train_run("pretrain")
     records.weights_path("pretrain").unlink()
-    with pytest.raises(
-        records.RecordError, match="iterative needs pretrain, whose .*run pretrain --force"
-    ):
+    before = records.record_path("pretrain").read_bytes()
+    with pytest.raises(records.RecordError, match="iterative needs pretrain, whose weights are not "
+                       "shipped: .*run pretrain iterative --into build/trained"):
         run.train_run("iterative")
-    run.train_run("pretrain")
-    assert run.train_run("iterative")
+    folder = records.ROOT / "build" / "trained"
+    with pytest.raises(records.RecordError, match=f"run pretrain iterative --into {folder}"):
+        run.train_run("iterative", folder)
+    for name in ("pretrain", "iterative"):
+        run.train_run(name, folder)
+    assert records.record_path("pretrain").read_bytes() == before
 
 
 # ---------------------------------------------------------------- interrupted
@@ -458,20 +462,20 @@ def test_time_needed_is_that_of_all_steps_and_a_quarter_more_with_a_teacher(
     tiny_runs, monkeypatch
 ):
     monkeypatch.setattr(run, "seconds_a_step", lambda net, batch_size: batch_size / 64)
-    assert seconds_needed(["pretrain"], "cpu") == 50_000 / 64
-    assert seconds_needed(["pretrain", "iterative"], "cpu") == 4 * 50_000 / 64
+    assert seconds_needed(["pretrain"]) == 50_000 / 64
+    assert seconds_needed(["pretrain", "iterative"]) == 4 * 50_000 / 64
     redefine("quantized", teacher="pretrain", held_out=10_000)
-    assert seconds_needed(["quantized"], "cpu") == 40_000 / 64 * 1.25
+    assert seconds_needed(["quantized"]) == 40_000 / 64 * 1.25
 
 
 def test_a_network_twice_as_wide_takes_four_times_as_long(tiny_runs, monkeypatch):
     monkeypatch.setattr(run, "seconds_a_step", lambda net, batch_size: batch_size / 64)
-    alone = seconds_needed(["quantized"], "cpu")
+    alone = seconds_needed(["quantized"])
     redefine("iterative", width=32)
     redefine("quantized", teacher="iterative")
-    assert seconds_needed(["quantized"], "cpu") == 2 * alone
+    assert seconds_needed(["quantized"]) == 2 * alone
     redefine("quantized", teacher=None, width=32)
-    assert seconds_needed(["quantized"], "cpu") == 4 * alone
+    assert seconds_needed(["quantized"]) == 4 * alone
 
 
 @pytest.mark.parametrize("seconds, shown", [

@@ -279,7 +279,7 @@ def test_nothing_is_saved_where_no_checkpoint_is_wanted(tmp_path, net, entry_poi
 @pytest.mark.parametrize("losses_of", [
     lambda net, **seed: train(net, 1, 32, 0.05, 1e-4, checkpoint=None, **seed),
     lambda net, **seed: finetune(net, 1, 32, 0.05, 1e-4, checkpoint=None, **seed),
-    lambda net, **seed: fit(net, Recipe(epochs=1, batch_size=32, lr=0.05), **seed)[0],
+    lambda net, **seed: fit(net, Recipe(epochs=1, batch_size=32, lr=0.05), **seed),
 ], ids=["train", "finetune", "fit"])
 def test_the_seed_is_0_unless_it_is_said_and_another_trains_otherwise(net, losses_of):
     first, again, other = (losses_of(copy.deepcopy(net), **seed)[0]["train_loss"]
@@ -347,22 +347,23 @@ def test_of_equally_good_epochs_the_first_is_the_best(monkeypatch, net, accuracy
     states = []
     monkeypatch.setattr(train_utils, "evaluate",
                         lambda net, data: states.append(state_of(net)) or (1.0, accuracy))
-    _, best = fit(net, Recipe(epochs=2, batch_size=64))
-    assert same(best, states[0]) and not same(*states)
+    fit(net, Recipe(epochs=2, batch_size=64), journal=(journal := Journal()))
+    assert same(journal.best["state"], states[0]) and not same(*states)
 
 
 def test_seconds_are_those_of_each_epoch(monkeypatch, net, small_cifar):
     monkeypatch.setattr(time, "perf_counter", iter([3.0, 5.0, 9.0]).__next__)
-    history, _ = fit(net, Recipe(epochs=2, batch_size=64), small_cifar)
+    history = fit(net, Recipe(epochs=2, batch_size=64), small_cifar)
     assert [entry["seconds"] for entry in history] == [2, 4]
 
 
 def test_epochs_are_tested_as_often_as_the_recipe_says(net, small_cifar):
-    history, best = fit(net, Recipe(epochs=3, batch_size=32, test_every=2), small_cifar)
+    recipe, journal = Recipe(epochs=3, batch_size=32, test_every=2), Journal()
+    history = fit(net, recipe, small_cifar, journal=journal)
     assert ["test_accuracy" in entry for entry in history] == [False, True, True]
     assert history[-1]["test_accuracy"] == evaluate(net, small_cifar)[1]
     assert [entry["epoch"] for entry in history] == [1, 2, 3]
-    assert best.keys() == net.state_dict().keys()
+    assert journal.best["state"].keys() == net.state_dict().keys()
     assert net.head_conv[0].conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -376,8 +377,9 @@ def test_the_best_epoch_is_none_before_the_last_pruning(monkeypatch, net, epochs
 
     monkeypatch.setattr(train_utils, "evaluate", fake_evaluate)
     pruning = Pruning("layer", 60.0, epochs=epochs)
-    history, best = fit(net, Recipe(epochs=4, batch_size=64), pruning=pruning)
-    assert same(best, states[best_epoch - 1])
+    journal = Journal()
+    history = fit(net, Recipe(epochs=4, batch_size=64), pruning=pruning, journal=journal)
+    assert same(journal.best["state"], states[best_epoch - 1])
     reached = [60 * min(epoch / max(epochs, 1), 1) / 100 for epoch in range(1, 5)]
     held = [entry["sparsity"] for entry in history][max(epochs, 1) - 1:]
     assert held == pytest.approx(reached[max(epochs, 1) - 1:], abs=2e-3)
@@ -449,7 +451,7 @@ def test_learned_steps_are_trained_and_zeros_are_held(n_bits, symmetric):
     net = make_net(Nbits=n_bits, symmetric=symmetric, quantizer=Learned)
     global_prune_by_percentage(net, 50)
     before, steps = sparsity(net), net.body_op[0].conv1[0].quantizer.step.detach().clone()
-    history, _ = fit(net, Recipe(epochs=2, batch_size=16, lr=0.05))
+    history = fit(net, Recipe(epochs=2, batch_size=16, lr=0.05))
     assert not torch.equal(net.body_op[0].conv1[0].quantizer.step, steps)
     assert [entry["sparsity"] for entry in history] == [before, before] == [sparsity(net)] * 2
 

@@ -42,7 +42,7 @@ def install(data, folder, set_attribute=setattr):
     set_attribute(run.train_run, "__defaults__", tuple(defaults))
     set_attribute(run.build, "__defaults__", ("cpu",))  # where `data` is
     set_attribute(run, "ResNetCIFAR", lambda num_layers, *fixed: ResNetCIFAR(8, *fixed))
-    set_attribute(run, "seconds_needed", lambda names, device=None: 60.0)
+    set_attribute(run, "seconds_needed", lambda names: 60.0)
     set_attribute(train_utils, "get_data", lambda device: data)
 
 

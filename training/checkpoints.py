@@ -8,9 +8,6 @@ import torch
 from files import atomic_write
 from FP_layers import FP_Conv, FP_Linear
 
-__all__ = ["atomic_save", "save_weights", "load_weights", "fit_quantizers", "snapshot",
-           "LastWholeEpoch", "read_state"]
-
 
 def atomic_save(object_, path):
     """torch.save to `path`, whole or not at all; raises OSError, naming `path`, if it cannot."""
@@ -120,10 +117,10 @@ class LastWholeEpoch:
             self.net.load_state_dict(self.state)
 
 
-def read_state(path, device="cpu"):
-    """Return what a training left at `path`, a dict; raises ValueError if it is damaged."""
+def read_state(path):
+    """Return what a training left at `path`, a dict, on the CPU; ValueError if it is damaged."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"net", "optimizer", "history", "best", "tag"} - state.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")

@@ -5,8 +5,6 @@ import torch.nn.functional as F
 
 from arguments import FRACTION, POSITIVE, check
 
-__all__ = ["Distillation"]
-
 
 class Distillation:
     """A loss against labels and a teacher: (1 - w) CE(z, y) + w T^2 KL(teacher(x) / T || z / T).

@@ -17,9 +17,6 @@ from arguments import COUNT, check
 from FP_layers import FP_Conv
 from training.batches import Batches
 
-__all__ = ["Execution", "fastest", "seconds_a_step", "has_bf16", "bf16_is_right", "has_compiler",
-           "exact_convolutions"]
-
 MARGIN = 1.1  # how many times faster a candidate must be, so that noise does not flip the choice
 LONG = 1000  # steps from which on a run gains more than the choice and a compilation cost
 WAYS = {"bf16": "bfloat16", "compile": "torch.compile", "graph": "a CUDA graph"}

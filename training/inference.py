@@ -10,8 +10,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from FP_layers import FP_Conv, FP_Linear
 
-__all__ = ["for_evaluation", "is_plain"]
-
 
 @torch.no_grad()
 def for_evaluation(net):

@@ -13,8 +13,6 @@ from arguments import COUNT, check
 from files import check_writable
 from training.checkpoints import LastWholeEpoch, atomic_save, cannot_resume, read_state, snapshot
 
-__all__ = ["Journal"]
-
 
 class Journal:
     """The bar, history, best epoch and resumable state of one training.
@@ -95,10 +93,10 @@ class Journal:
                              accuracy=f"{100 * accuracy:.2f}%")
 
     def _resume(self):
-        state = read_state(self.state_path, next(self.net.parameters()).device)
+        state = read_state(self.state_path)
         try:
             if state["tag"] != self.tag:
-                raise ValueError("it was written by a run with another config")
+                raise ValueError("it was written by a run with another config or other parents")
             with LastWholeEpoch(self.net):  # what does not fit as a whole is not left loaded
                 self.net.load_state_dict(state["net"])
                 self.optimizer.load_state_dict(state["optimizer"])
