@@ -33,7 +33,7 @@ def compare(seeds, device="cpu"):
             torch.manual_seed(seed)
             net = ResNetCIFAR(20).to(device)
             history = train_utils.fit(net, replace(SGD, epochs=EPOCHS), data, seed=seed,
-                                         execution=execution, journal=Journal(f"{name}, {seed}"))
+                                      execution=execution, journal=Journal(f"{name}, {seed}"))
             found[name].append(history[-1]["test_accuracy"])
     return found
 

@@ -2,9 +2,8 @@
 
 Both train the same float ResNet-20 with the same SGD. Ours is what `make train` does: images on the
 device, train_utils.train_epoch, channels_last; compiled, or as a CUDA graph, in bfloat16 where that
-is right (see training.execution). Each side has a process of its own,
-so that the allocator settings of `make train` are ours alone. Warm-up steps and compilation are not
-in the images/s.
+is right (see training.execution). Each side has a process of its own, so that the allocator
+settings of `make train` are ours alone. Warm-up steps and compilation are not in the images/s.
 """
 
 import argparse

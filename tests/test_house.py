@@ -194,6 +194,12 @@ def test_exceptions_are_still_needed():
     assert all(counted[place] > 8 for place in MANY_PARAMETERS)
 
 
+def test_lines_fit_the_page():
+    for path in FILES:
+        lines = (REPOSITORY / path).read_text().splitlines()
+        assert [n for n, line in enumerate(lines, start=1) if len(line) > 100] == [], path
+
+
 # ---------------------------------------------------------------- git
 
 

@@ -187,8 +187,8 @@ def test_odd_tensors(images):
 def test_a_file_is_the_same_when_packed_again(four_bits):
     """decompress gives exactly what the file holds: its net makes the same file, quantizers or not.
     """
-    data = compress(four_bits, "packed")
-    assert compress(decompress(data), "packed") == data
+    data = compress(four_bits)
+    assert compress(decompress(data)) == data
 
 
 def test_the_net_is_left_alone(ternary):
@@ -811,7 +811,7 @@ def test_pack_info_unpack(tmp_path, capsys, images, monkeypatch):
     (record, zeros, floats, symbols), = (
         row for row in described(file.read_bytes())[1] if row[0].name == CONV)
     shape = "x".join(map(str, record.shape))
-    assert told == [CONV, shape, record.kind, str(record.n_levels), f"{100 * zeros:.2f}",
+    assert told == [CONV, shape, "steps", str(record.n_levels), f"{100 * zeros:.2f}",
                     str(floats), str(symbols),
                     f"{8 * (floats + symbols) / math.prod(record.shape):.3f}"]
 
