@@ -59,6 +59,19 @@ def answer(text, in_short=None):
             metadata={"in_short": in_short} if in_short else None)
 
 
+def open_figure():
+    """Hold a place among the answers for a figure that a later cell draws; return it for show_in.
+    """
+    return display(Markdown("*Drawn when all cells have run.*"), display_id=True)
+
+
+def show_in(place, ax):
+    """Show the figure of `ax` in `place`, from open_figure, and not below the cell that draws it.
+    """
+    place.update(ax.figure)
+    plt.close(ax.figure)
+
+
 def paragraph(text):
     """Display a paragraph, Markdown of any line breaks."""
     display(Markdown(" ".join(text.split())))

@@ -133,3 +133,14 @@ def test_what_others_report_is_a_point_of_its_own(ax):
         (1000, pytest.approx(99)), (1500, pytest.approx(50))]
     assert len({line.get_marker() for line in ax.lines}) == 3
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["frontier", "X", "Y"]
+
+
+def test_a_figure_is_shown_where_its_place_was_opened_and_not_where_it_is_drawn(monkeypatch, ax):
+    shown = []
+
+    class Place:
+        update = staticmethod(shown.append)
+
+    monkeypatch.setattr(figures, "display", lambda content, display_id: Place)
+    figures.show_in(figures.open_figure(), ax)
+    assert shown == [ax.figure] and ax.figure.number not in plt.get_fignums()
