@@ -4,6 +4,7 @@ from numbers import Integral
 
 import torch.nn as nn
 
+from arguments import COUNT, check
 from FP_layers import FP_Conv, FP_Linear, MinMax
 
 
@@ -67,8 +68,7 @@ class ResNetCIFAR(nn.Module):
                 f"num_layers must be 6n + 2 with n >= 1 (8, 14, 20, ...) and below 10,000, "
                 f"got {num_layers!r}"
             )
-        if not isinstance(width, Integral) or isinstance(width, bool) or width < 1:
-            raise ValueError(f"width must be a positive integer, got {width!r}")
+        check(COUNT, width=width)
         self.num_layers, self.width = int(num_layers), int(width)
 
         self.head_conv = nn.Sequential(

@@ -47,7 +47,7 @@ def compare(name, n_images):
     n_images: training images that statistics are estimated on. Raises as train_run does.
     """
     journal = functools.partial(Twice, n_images=n_images)
-    history = train_run(name, INTO, journal=journal)["history"]
+    history = train_run(name, INTO, make_journal=journal)["history"]
     return {"running": [entry["test_accuracy"] for entry in history],
             "anew": [entry["anew_accuracy"] for entry in history]}
 

@@ -13,7 +13,7 @@ import torch
 
 import train_utils
 from cifar10 import hold_out
-from experiments.runs import SGD
+from experiments.runs import FROM_SCRATCH
 from files import replace_section, write_json
 from resnet20 import ResNetCIFAR
 from training.execution import Execution, bf16_is_right, has_bf16
@@ -32,7 +32,7 @@ def compare(seeds, device="cpu"):
         for name, execution in (("float32", Execution()), ("bfloat16", Execution(bf16=True))):
             torch.manual_seed(seed)
             net = ResNetCIFAR(20).to(device)
-            history = train_utils.fit(net, replace(SGD, epochs=EPOCHS), data, seed=seed,
+            history = train_utils.fit(net, replace(FROM_SCRATCH, epochs=EPOCHS), data, seed=seed,
                                       execution=execution, journal=Journal(f"{name}, {seed}"))
             found[name].append(history[-1]["test_accuracy"])
     return found

@@ -71,7 +71,10 @@ def training(data, assigned, batch_size, options):
 
 
 def evaluation(data, assigned, options):
-    """Return the comparison of both ways to evaluate the same weights on all test images."""
+    """Return the comparison of both ways to evaluate the same weights on all test images.
+
+    Raises RuntimeError if they find two accuracies.
+    """
     device, n = data.test_images.device, len(data.test_labels)
     net = train_utils.load_weights(ResNetCIFAR(20).to(device), weights_path("pretrain"))
 

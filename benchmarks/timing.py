@@ -103,7 +103,10 @@ class Pipeline:
                                          weight_decay=1e-4)
 
     def train(self, steps, warmup, split=False):
-        """Train for `warmup` steps and `steps` more; return what Clock.stop does of the latter."""
+        """Train for `warmup` steps and `steps` more; return what Clock.stop does of the latter.
+
+        Raises ValueError if there are not so many images.
+        """
         n = (warmup + steps) * self.batch_size
         images, labels = self.data.train_images[:n], self.data.train_labels[:n]
         if len(images) < n:

@@ -68,7 +68,7 @@ def _list():
             result = f"{100 * record['test_accuracy']:6.2f} %" if record else "not trained"
         except RecordError as error:  # said below; the others are listed
             result, errors = "damaged", [*errors, error]
-        print(f"{name:24} {result:12} {run.question}")
+        print(f"{name:28} {result:12} {run.question}")
     sys.stdout.flush()
     for error in errors:
         print(f"error: {error}", file=sys.stderr)

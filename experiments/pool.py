@@ -8,9 +8,12 @@ import time
 
 import torch
 
+from arguments import COUNT, check
 from experiments.records import ROOT
 from experiments.run import announce, train_run
 from experiments.runs import get
+
+CHILD = "EXPERIMENTS_CHILD"  # variable in the environment of what _Child starts
 
 
 def run(names, folder, jobs=None, as_recorded=False):
@@ -19,13 +22,13 @@ def run(names, folder, jobs=None, as_recorded=False):
     jobs: None, as many as this process may use cores, and one on a GPU; a run that is alone is
     trained in this process, with all threads. A run waits for its parents among `names`. If one
     fails, those that depend on it are left out and the others go on. Ctrl-C and SIGTERM stop all;
-    a call with those that are not done goes on.
+    a call with those that are not done goes on. Raises ValueError if jobs is below 1.
     """
     names = list(dict.fromkeys(names))
-    jobs = min(jobs or (1 if torch.cuda.is_available() else cores()), len(names))
-    if "TQDM_POSITION" not in os.environ:  # what a child trains, its parent has announced
+    jobs = min(_at_once(jobs), len(names))
+    if CHILD not in os.environ:  # what a child trains, its parent has announced
         announce(names)
-    start = _train_here if jobs == 1 else _Child
+    start = _Here if jobs == 1 else _Child
     waiting, running, failed = list(names), {}, set()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -48,10 +51,23 @@ def run(names, folder, jobs=None, as_recorded=False):
                         print(f"{name}: ended by signal {-child.poll()}", flush=True)
             time.sleep(0.0 if jobs == 1 else 0.2)
     finally:  # also on Ctrl-C and SIGTERM, which the children may not have heard
-        for child in running.values():
-            child.stop()
+        _stop(running.values())
         signal.signal(signal.SIGTERM, before)
     return int(bool(failed))
+
+
+def _at_once(jobs):
+    if jobs is None:
+        return 1 if torch.cuda.is_available() else cores()
+    check(COUNT, jobs=jobs)
+    return jobs
+
+
+def _stop(children):
+    for child in children:
+        child.interrupt()
+    for child in children:
+        child.join()
 
 
 def cores():
@@ -60,7 +76,7 @@ def cores():
     return len(affinity(0)) if affinity else os.cpu_count()
 
 
-class _train_here:
+class _Here:
     """A run trained in this process, done when it is made."""
 
     slot = 0
@@ -68,7 +84,7 @@ class _train_here:
     def __init__(self, name, folder, as_recorded, slot):
         self.status = 0
         try:
-            report(train_run(name, folder, as_recorded))
+            print_result(train_run(name, folder, as_recorded))
         except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             self.status = 1
@@ -76,7 +92,10 @@ class _train_here:
     def poll(self):
         return self.status
 
-    def stop(self):
+    def interrupt(self):
+        pass
+
+    def join(self):
         pass
 
 
@@ -86,23 +105,25 @@ class _Child:
     def __init__(self, name, folder, as_recorded, slot):
         command = [sys.executable, "-m", "experiments", "run", name, "--force", "--jobs", "1",
                    "--into", str(folder.absolute()), *["--as-recorded"] * as_recorded]
-        environment = {"OMP_NUM_THREADS": "1", "TQDM_POSITION": str(slot)}
+        environment = {"OMP_NUM_THREADS": "1", "TQDM_POSITION": str(slot), CHILD: "1"}
         self.slot = slot
         self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment)
 
     def poll(self):
         return self.process.poll()
 
-    def stop(self):
+    def interrupt(self):
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()  # its last whole epoch is on the disk
+
+    def join(self):
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # its last whole epoch is on the disk
 
 
-def report(record):
+def print_result(record):
     """Print what a run reached."""
     print(f"{record['name']}: best {100 * record['best']['test_accuracy']:.2f} % in epoch "
           f"{record['best']['epoch']}, last {100 * record['last']['test_accuracy']:.2f} %, "

@@ -4,6 +4,7 @@ import argparse
 import statistics
 import sys
 
+from arguments import check
 from experiments.records import SHIPPED, read_record, record_path
 from experiments.runs import REFERENCE, RUNS, get
 from files import replace_section
@@ -31,8 +32,9 @@ _END = "<!-- end of results -->"
 def accuracies(name, which, folder=SHIPPED):
     """Return the test accuracies, fractions, of run `name`, one a recorded seed.
 
-    which: "best" or "last", the epoch.
+    which: "best" or "last", the epoch. Raises ValueError if it is neither.
     """
+    check(("best", "last"), which=which)
     place = record_path(name, folder).parent
     seeds = [path.stem.partition("@")[2] for path in place.glob(f"{name}@*.json")]
     seeds = sorted(int(seed) for seed in seeds if seed.isdecimal())  # not "1 copy"

@@ -1,5 +1,6 @@
 """How a run is trained, recorded, resumed and loaded."""
 
+import math
 import platform
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ def build(name, device=None):
         return net.to(device)
 
 
-def train_run(name, folder=SHIPPED, as_recorded=False, journal=Journal):
+def train_run(name, folder=SHIPPED, as_recorded=False, make_journal=Journal):
     """Train run `name`, or go on with it where it was interrupted; write weights and record.
 
     It runs in the way that is fastest here (see training.execution); as_recorded: in the way of its
@@ -60,7 +61,7 @@ def train_run(name, folder=SHIPPED, as_recorded=False, journal=Journal):
     execution = _execution(run, net, len(data.train_images), state_path, folder, as_recorded)
     tag = {"config": asdict(run), "start_from_sha256": start_sha256,
            "teacher_sha256": teacher_sha256, "execution": vars(execution)}
-    journal = journal(name, state_path, tag)
+    journal = make_journal(name, state_path, tag)
     train_utils.fit(net, run.recipe, data, pruning=run.pruning, teacher=teacher, seed=run.seed,
                     execution=execution, journal=journal)
     if run.keep == "best":
@@ -99,7 +100,7 @@ def _execution(run, net, n_images, state_path, folder, as_recorded):
         return begun or recorded
     size, epochs = run.recipe.batch_size, run.recipe.epochs
     on_cpu = next(net.parameters()).device.type == "cpu"
-    return replace(fastest(net, size, epochs * n_images // size),
+    return replace(fastest(net, size, epochs * math.ceil(n_images / size)),
                    threads=torch.get_num_threads() if on_cpu else None)
 
 

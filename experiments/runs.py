@@ -34,10 +34,10 @@ ITERATIVE = Pruning("layer", 70.0, epochs=10)
 GLOBAL = Pruning("global", 70.0, epochs=10)
 
 # The float model, and its teacher of twice the width.
-SGD = Recipe(batch_size=128, lr=0.2, schedule="cosine", warmup=0.1, momentum=0.9, nesterov=True,
-             weight_decay=5e-4, test_every=5)
-TEACHER = replace(SGD, batch_size=512, lr=0.8, cutout=16)
-FLOAT = replace(SGD, batch_size=256, distill=0.7, temperature=4.0)
+FROM_SCRATCH = Recipe(batch_size=128, lr=0.2, schedule="cosine", warmup=0.1, momentum=0.9,
+                      nesterov=True, weight_decay=5e-4, test_every=5)
+TEACHER = replace(FROM_SCRATCH, batch_size=512, lr=0.8, cutout=16)
+FLOAT = replace(FROM_SCRATCH, batch_size=256, distill=0.7, temperature=4.0)
 
 # The improved runs: as many epochs as assigned, the last one kept.
 IMPROVED = Recipe(batch_size=128, lr=0.05, schedule="cosine", warmup=0.05, momentum=0.9,
@@ -122,7 +122,7 @@ def _distillation_ablation_runs():
     """The improved recipe with and without distillation, over its 20 epochs."""
     start = "ablation_long_float"
     yield Run(start, "float model of the ablation, 40 epochs", start_from=None,
-              recipe=replace(SGD, epochs=40), **ABLATION)
+              recipe=replace(FROM_SCRATCH, epochs=40), **ABLATION)
     for kind, without, what, setting in (
             ("2bit", "step", "2-bit weights, rate and step", dict(Nbits=2, quantizer="learned")),
             ("global", "rate", "70 % pruned, higher rate", dict(pruning=GLOBAL))):

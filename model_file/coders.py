@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from arguments import check
 from model_file.context_model import ContextModel, log_odds
 from model_file.range_coder import RangeDecoder, RangeEncoder
 
@@ -55,7 +56,11 @@ class ByteReader:
 
 
 def encode(coder, arrays, alphabets):
-    """Return `arrays` of integers, one for each of `alphabets`, as bytes; coder: in CODERS."""
+    """Return `arrays` of integers, one for each of `alphabets`, as bytes; coder: in CODERS.
+
+    Raises ValueError if it is not.
+    """
+    check(tuple(CODERS), coder=coder)
     told = [(np.asarray(array, np.int64).ravel(), a)
             for array, a in zip(arrays, alphabets, strict=True) if a.is_told]
     return CODERS[coder][0]([array for array, _ in told], [a for _, a in told])

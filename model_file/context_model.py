@@ -17,7 +17,7 @@ OCTAVE = 16  # logarithms here are integers, in sixteenths of an octave: 16 log2
 SEEN = 32  # what an observed bit adds to its count
 FIRST = 8 * SEEN  # a new context's counts add up to this: what it starts from is worth 8 bits seen
 
-# A quarter more or less of any changes no size by 1 % on our model pruned to 70, 80 and 90 %.
+# A quarter more or less of any changes no size by 1 % on our model pruned to 70, 80 and 85 %.
 NEIGHBOUR = 32  # what a non-zero left or upper neighbour adds to the log odds of "not zero"
 KERNEL = 6  # what each non-zero of the same kernel adds
 POSITION = -2  # what each position that is coded adds, to offset KERNEL

@@ -209,7 +209,7 @@ def frontier(points):
     return names
 
 
-def plot_frontier(points, ax, baseline=None, published=()):
+def plot_frontier(points, ax, baseline=None, published=None):
     """Draw accuracy in % against bytes, on a log axis, the frontier joined, and numbered in a key
     of its names; returns ax.
 
@@ -228,7 +228,7 @@ def plot_frontier(points, ax, baseline=None, published=()):
                     textcoords="offset points")
     ax.text(0.98, 0.03, "\n".join(f"{number}  {name}" for number, name in enumerate(names, 1)),
             fontsize=7, ha="right", va="bottom", multialignment="left", transform=ax.transAxes)
-    for i, name in enumerate(published):
+    for i, name in enumerate(published or {}):
         size, accuracy = published[name]
         ax.plot([size], [100 * accuracy], label=name, color=COLORS[2], linestyle="none",
                 marker=("*", "P", "X")[i % 3], markersize=9, markerfacecolor="none")

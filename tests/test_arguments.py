@@ -3,6 +3,7 @@ is allowed.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +14,15 @@ from hypothesis import strategies as st
 from arguments import BELOW_ONE, COUNT, FRACTION, NATURAL, PERCENTAGE, RATE, check
 from cifar10 import CIFAR10, hold_out
 from conftest import same, state_of
-from experiments import records, run, runs
+from experiments import pool, records, results, run, runs
 from FP_layers import STE, FP_Conv, FP_Linear, Learned, MinMax, check_n_bits, code_range
+from model_file import coders
 from pruning import global_prune_by_percentage, prune_by_percentage
 from resnet20 import ResNet_Block, ResNetCIFAR
 from train_utils import evaluate, finetune, fit, train
 from training.batches import Batches
 from training.distillation import Distillation
-from training.execution import seconds_a_step
+from training.execution import Execution, seconds_a_step
 from training.journal import Journal
 from training.recipe import Pruning, Recipe
 
@@ -49,7 +51,7 @@ no_bits = st.one_of(
     no_integer.filter(lambda value: value is not None), st.integers(max_value=-1), st.integers(17)
 )
 # Hypothesis tries strings of the source too
-ALLOWED = {"constant", "step", "cosine", "layer", "global"}
+ALLOWED = {"constant", "step", "cosine", "layer", "global", "best", "last", "packed", "context"}
 words = st.text(max_size=8).filter(lambda word: word not in ALLOWED)
 no_word = st.one_of(words, st.integers(), st.booleans(), st.just(["step"]))
 no_bool = st.one_of(st.none(), st.integers(), st.floats(), words)
@@ -92,6 +94,17 @@ def fields_of(cls, cases):
 CASES = [
     *fields_of(Recipe, RECIPE),
     *fields_of(Pruning, PRUNING),
+    ("Recipe nesterov", lambda v: Recipe(nesterov=True, momentum=v), "momentum", st.just(0.0),
+     "a finite number above 0"),
+    *((f"Execution {way}", lambda v, way=way: Execution(**{way: v}), way, no_bool, "True or False")
+      for way in ("bf16", "compile", "graph")),
+    ("Execution threads", lambda v: Execution(threads=v), "threads",
+     no_count.filter(lambda value: value is not None), "a positive integer"),
+    ("pool.run", lambda v: pool.run([], Path(), v), "jobs",
+     no_count.filter(lambda value: value is not None), "a positive integer"),
+    ("results.accuracies", lambda v: results.accuracies("pretrain", v), "which", words,
+     "'best' or 'last'"),
+    ("coders.encode", lambda v: coders.encode(v, [], []), "coder", words, "'context'"),
     ("temperature 0", lambda v: Recipe(temperature=v), "temperature", st.just(0), "above 0"),
     ("Recipe.rate", Recipe().rate, "progress", no_fraction, "from 0 to 1"),
     ("fit seed", lambda v: fit(NET, Recipe(epochs=1), DATA, seed=v), "seed", no_natural,

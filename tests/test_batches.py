@@ -98,6 +98,8 @@ def test_to_iterate_twice_gives_the_same_batches(small_cifar):
 def test_images_without_labels_are_refused(small_cifar):
     with pytest.raises(ValueError, match="equally many, got 200 and 199"):
         Batches(small_cifar.test_images, small_cifar.test_labels[1:], 10)
+    with pytest.raises(ValueError, match="images must hold at least one image, got none"):
+        Batches(small_cifar.test_images[:0], small_cifar.test_labels[:0], 10)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -86,7 +86,7 @@ def test_run_all_with_seeds_trains_each_chain_in_order(trained, capsys):
 
 
 def test_a_child_of_several_runs_does_not_announce_its_own_again(trained, capsys, monkeypatch):
-    monkeypatch.setenv("TQDM_POSITION", "1")
+    monkeypatch.setenv(pool.CHILD, "1")
     assert commands.main(["run", "iterative", "--jobs", "1"]) == 0
     assert trained == ["iterative"] and "at most about" not in capsys.readouterr().out
 

@@ -40,11 +40,14 @@ class Trainings:
 
     def __init__(self, durations=(), failing=()):
         self.durations, self.failing = dict(durations), set(failing)
-        self.started, self.running, self.done, self.stopped, self.moments = [], {}, [], [], []
+        self.started, self.running, self.done, self.moments = [], {}, [], []
+        self.interrupted, self.joined = [], []
 
     def start(self, name, folder, as_recorded, slot):
         child = SimpleNamespace(slot=slot, left=self.durations.get(name, 1))
-        child.poll, child.stop = lambda: self.poll(name, child), lambda: self.stopped.append(name)
+        child.poll = lambda: self.poll(name, child)
+        child.interrupt = lambda: self.interrupted.append(name)
+        child.join = lambda: self.joined.append([*self.interrupted])
         self.started.append(name)
         self.running[name] = child
         return child
@@ -72,7 +75,7 @@ def scheduled(trainings, tree):
             for name, (parent, teacher) in tree.items()})
         patch.setattr(pool, "announce", lambda names: None)
         patch.setattr(pool, "_Child", trainings.start)
-        patch.setattr(pool, "_train_here", trainings.start)
+        patch.setattr(pool, "_Here", trainings.start)
         patch.setattr(pool, "time", SimpleNamespace(sleep=trainings.sleep))
         yield
 
@@ -158,7 +161,8 @@ def test_ctrl_c_stops_all_that_is_running(monkeypatch):
     trainings.sleep = interrupted
     with scheduled(trainings, FAMILY), pytest.raises(KeyboardInterrupt):
         pool.run(list(FAMILY), Path(), 2)
-    assert trainings.stopped == trainings.started == ["teacher", "parent"]
+    assert trainings.interrupted == trainings.started == ["teacher", "parent"]
+    assert trainings.joined == [trainings.started] * 2  # none trains on while another ends
 
 
 def test_sigterm_stops_all_that_is_running(monkeypatch):
@@ -167,7 +171,7 @@ def test_sigterm_stops_all_that_is_running(monkeypatch):
     trainings.sleep = lambda seconds: os.kill(os.getpid(), signal.SIGTERM)
     with scheduled(trainings, FAMILY), pytest.raises(SystemExit, match="143"):
         pool.run(list(FAMILY), Path(), 2)
-    assert trainings.stopped == trainings.started == ["teacher", "parent"]
+    assert trainings.interrupted == trainings.started == ["teacher", "parent"]
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -265,7 +269,7 @@ def stub(monkeypatch, tmp_path):
         if "deaf" in sys.argv:
             import signal
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        names = ("OMP_NUM_THREADS", "TQDM_POSITION", "KEPT")
+        names = ("OMP_NUM_THREADS", "TQDM_POSITION", "EXPERIMENTS_CHILD", "KEPT")
         note = [sys.argv[1:], [os.environ[name] for name in names], os.getcwd()]
         with open({str(note)!r} + ".part", "w") as file:
             json.dump(note, file)
@@ -299,11 +303,12 @@ def test_a_process_of_its_own_gets_the_run_the_folder_and_one_thread(
     options = vars(commands._parser().parse_args(arguments))
     assert options == dict(command="run", names=["lab3c_2bit@3"], force=True, jobs=1, seeds=1,
                            into=tmp_path / "into", as_recorded=as_recorded)
-    assert environment == ["1", "5", "as it is"] and child.slot == 5
+    assert environment == ["1", "5", "1", "as it is"] and child.slot == 5
     assert child.poll() is None
-    child.stop()
+    child.interrupt()
+    child.join()
     assert child.poll() not in (None, 0)  # an interrupt, by Python's traceback or the signal
-    child.stop()  # of what has ended: nothing
+    child.interrupt()  # of what has ended: nothing
 
 
 def test_a_process_that_does_not_hear_the_interrupt_is_killed(
@@ -313,7 +318,8 @@ def test_a_process_that_does_not_hear_the_interrupt_is_killed(
     wait_for(stub)
     wait = child.process.wait
     monkeypatch.setattr(child.process, "wait", lambda seconds: wait(seconds / 100))
-    child.stop()
+    child.interrupt()
+    child.join()
     assert wait(60) == -signal.SIGKILL
 
 

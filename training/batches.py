@@ -73,7 +73,7 @@ class Batches:
     smaller. Iterating twice yields the same batches.
 
     Raises ValueError for a batch_size or epoch that is not a positive integer, a seed or cutout
-    that is not one >= 0, and if images and labels differ in number.
+    that is not one >= 0, and if images and labels differ in number or there are none.
     """
 
     def __init__(self, images, labels, batch_size, seed=0, epoch=1, augment=False, cutout=0):
@@ -82,6 +82,8 @@ class Batches:
         if len(images) != len(labels):
             raise ValueError("images and labels must be equally many, "
                              f"got {len(images)} and {len(labels)}")
+        if not len(images):
+            raise ValueError("images must hold at least one image, got none")
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.seed, self.epoch, self.augment, self.cutout = seed, epoch, augment, cutout
 

@@ -29,13 +29,19 @@ class Execution:
 
     Weights stay float32. Without bf16 a GPU's convolutions may round to TF32, as PyTorch is set;
     see exact_convolutions. threads: of a CPU, as many as PyTorch would take if None; they decide in
-    which order sums are taken, and with it the last bits.
+    which order sums are taken, and with it the last bits. Raises ValueError, naming the field, for
+    what is no boolean or no positive integer.
     """
 
     bf16: bool = False
     compile: bool = False
     graph: bool = False
     threads: int | None = None
+
+    def __post_init__(self):
+        check((True, False), bf16=self.bf16, compile=self.compile, graph=self.graph)
+        if self.threads is not None:
+            check(COUNT, threads=self.threads)
 
     def of(self, net):
         """Return a function that maps images, (B, 3, 32, 32), to the net's logits, float32."""
@@ -135,8 +141,9 @@ def fastest(net, batch_size, steps=math.inf):
     For fewer than LONG steps that is float32, uncompiled, without a trial. Else it is tried, one
     after the other, with what is faster kept: bfloat16 where the hardware multiplies it and its
     convolutions are right (see bf16_is_right), and compilation where there is a compiler; on a GPU
-    a CUDA graph, then bfloat16. What takes more is taken only if it is MARGIN times faster, and
-    what fails is left out, with a warning.
+    a CUDA graph, then bfloat16. So compiled float32 is timed only where bfloat16 was not taken: a
+    compilation takes half a minute. What takes more is taken only if it is MARGIN times faster,
+    and what fails is left out, with a warning.
     """
     chosen = Execution()
     if steps < LONG:
@@ -166,7 +173,8 @@ def has_compiler():
 def seconds_a_step(net, batch_size, how=Execution(), steps=4):
     """Return the seconds of a training step of `net`, the least of `steps` after two others.
 
-    A copy of `net` is trained, on random images.
+    A copy of `net` is trained, on random images. Raises ValueError if batch_size or steps is not a
+    positive integer.
     """
     check(COUNT, batch_size=batch_size, steps=steps)
     net = copy.deepcopy(net).to(memory_format=torch.channels_last).train()

@@ -22,9 +22,11 @@ class Journal:
     from it, bit for bit on the same machine; the caller removes the file. tag: plain data that is
     kept with the state and must be the same then.
 
-    `history` has a dict an epoch: epoch, lr (SGD's at its start), train_loss, train_accuracy,
+    `history` has a dict an epoch: epoch, lr (at its start), train_loss, train_accuracy,
     seconds and, where tested, test_loss, test_accuracy (fractions) and sparsity. `best` has
     "epoch", "accuracy" and "state" of the best epoch tested.
+
+    Raises ValueError if log_every_n is not a positive integer.
     """
 
     def __init__(self, name="training", state_path=None, tag=None, log_every_n=50):

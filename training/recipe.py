@@ -34,10 +34,15 @@ class Recipe:
         check(FRACTION, distill=self.distill)
         check(POSITIVE, temperature=self.temperature)
         check((True, False), nesterov=self.nesterov)
+        if self.nesterov:
+            check(POSITIVE, momentum=self.momentum)
         check(("constant", "step", "cosine"), schedule=self.schedule)
 
     def rate(self, progress):
-        """Return the rate as a fraction of its peak at `progress`, the fraction of steps done."""
+        """Return the rate as a fraction of its peak at `progress`, the fraction of steps done.
+
+        Raises ValueError if that is not from 0 to 1.
+        """
         check(FRACTION, progress=progress)
         if progress < self.warmup:
             return progress / self.warmup
