@@ -52,7 +52,6 @@ class STE(torch.autograd.Function):
 
     STE.apply(w, bit, symmetric) keeps shape and dtype; bit=None: w as it is. Raises as check_n_bits
     does, TypeError for integers and, on a CPU, ValueError for what is not finite.
-
     Source: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
     """
 

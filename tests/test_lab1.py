@@ -241,7 +241,7 @@ def test_stored_answers_are_those_of_a_run_and_hold_the_right_numbers(lab):
     more = [cell.outputs[0].data["text/markdown"] for cell in code if "fill(answer" in cell.source
             and "def fill" not in cell.source]
     a, b, c, d, e, f = (f"{one} {rest}" for one, rest in zip(stored, more, strict=True))
-    assert f"below {2 / np.linalg.norm(2 * lab.X.T @ lab.X, 2):.4f}," in a
+    assert f"below {2 / np.linalg.norm(2 * lab.X.T @ lab.X, 2):.4f};" in a
     assert f"magnitude {np.abs(np.linalg.pinv(lab.X) @ lab.y).min():.5f}" in b
     assert "[0, -3, 0, 0, 1]" in c and f"loss {2 / 7:.4f}" in c
     for run in lab.subgradient.values():
