@@ -108,12 +108,16 @@ def _float_ablation_runs():
     float_recipe = replace(FLOAT, epochs=20)
     yield Run("ablation_teacher", "the teacher, twice as wide, 20 epochs", width=32,
               recipe=replace(TEACHER, epochs=20), **nothing)
+    yield Run("ablation_teacher_uncut", "the teacher, twice as wide, 20 epochs: without cutout",
+              width=32, recipe=replace(TEACHER, epochs=20, cutout=0), **nothing)
     yield Run("ablation_float_alone", "float model, 20 epochs: no teacher",
               recipe=replace(float_recipe, distill=0.0), **nothing)
     yield Run("ablation_float_same", "float model, 20 epochs: distilled from the row above",
               recipe=float_recipe, teacher="ablation_float_alone", **nothing)
     yield Run("ablation_float_wide", "float model, 20 epochs: distilled from one twice as wide",
               recipe=float_recipe, teacher="ablation_teacher", **nothing)
+    yield Run("ablation_float_uncut", "float model, 20 epochs: distilled from that without cutout",
+              recipe=float_recipe, teacher="ablation_teacher_uncut", **nothing)
     yield Run("ablation_float_cutout", "float model, 20 epochs: no teacher, cutout",
               recipe=replace(float_recipe, distill=0.0, cutout=TEACHER.cutout), **nothing)
 

@@ -209,6 +209,11 @@ def test_the_float_ablation_takes_one_part_at_a_time():
     assert different(same, alone) == named | {"recipe.distill", "teacher"}
     assert different(wide, same) == named | {"teacher"}
     assert (same["teacher"], wide["teacher"]) == ("ablation_float_alone", "ablation_teacher")
+    assert different(config("ablation_teacher_uncut"), config("ablation_teacher")) == named | {
+        "recipe.cutout"}
+    uncut = config("ablation_float_uncut")
+    assert different(uncut, wide) == named | {"teacher"}
+    assert uncut["teacher"] == "ablation_teacher_uncut"
     shorter = named | {"held_out", "recipe.epochs"}
     assert different(wide, config("pretrain")) == shorter | {"teacher"}
     assert different(config("ablation_teacher"), config("teacher")) == shorter
