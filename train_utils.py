@@ -78,7 +78,7 @@ def fit(net, recipe, data=None, *, pruning=Pruning(), teacher=None, seed=0,
     optimizer, forward = _optimizer(net, recipe), execution.of(net)
     taught = None if teacher is None else execution.of(for_evaluation(teacher.eval()))
     criterion = Distillation(taught, recipe.distill, recipe.temperature)
-    steps = -(-len(data.train_images) // recipe.batch_size)
+    steps = recipe.steps(len(data.train_images))
     with execution.in_its_threads(), journal.of(net, optimizer, recipe, steps) as epochs:
         for epoch in epochs:
             prune_before_epoch(net, pruning, epoch)

@@ -1,6 +1,5 @@
 """How a run is trained, recorded, resumed and loaded."""
 
-import math
 import platform
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -98,9 +97,9 @@ def _execution(run, net, n_images, state_path, folder, as_recorded):
                               f"remove {state_path}")
     if begun or recorded:
         return begun or recorded
-    size, epochs = run.recipe.batch_size, run.recipe.epochs
+    steps = run.recipe.epochs * run.recipe.steps(n_images)
     on_cpu = next(net.parameters()).device.type == "cpu"
-    return replace(fastest(net, size, epochs * math.ceil(n_images / size)),
+    return replace(fastest(net, run.recipe.batch_size, steps),
                    threads=torch.get_num_threads() if on_cpu else None)
 
 

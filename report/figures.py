@@ -59,15 +59,13 @@ def answer(text, in_short=None):
             metadata={"in_short": in_short} if in_short else None)
 
 
-def open_figure():
-    """Hold a place among the answers for a figure that a later cell draws; return it for show_in.
-    """
-    return display(Markdown("*Drawn when all cells have run.*"), display_id=True)
+def open_place():
+    """Hold a place for what a later cell finds; return its handle, for `update` or show_in."""
+    return display(Markdown("*Shown when all cells have run.*"), display_id=True)
 
 
 def show_in(place, ax):
-    """Show the figure of `ax` in `place`, from open_figure, and not below the cell that draws it.
-    """
+    """Show the figure of `ax` in `place`, from open_place, and not below the cell that draws it."""
     place.update(ax.figure)
     plt.close(ax.figure)
 

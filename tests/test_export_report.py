@@ -1031,7 +1031,8 @@ def test_own_figures_have_captions_and_alternative_texts(own):
                 caption, alt = described(cell)
                 assert caption.endswith(".") and alt.endswith("."), (name, number)
                 expected.append(alt)
-    assert len(expected) >= 7 and alternative_texts(reader) == expected
+    assert len(expected) == {"report.pdf": 13, "further.pdf": 7}[document]
+    assert alternative_texts(reader) == expected
     assert len(set(expected)) == len(expected)
     numbers = [int(n) for n in re.findall(r"Figure (\d+)\.", text)]
     assert numbers == list(range(1, len(expected) + 1))

@@ -142,5 +142,5 @@ def test_a_figure_is_shown_where_its_place_was_opened_and_not_where_it_is_drawn(
         update = staticmethod(shown.append)
 
     monkeypatch.setattr(figures, "display", lambda content, display_id: Place)
-    figures.show_in(figures.open_figure(), ax)
+    figures.show_in(figures.open_place(), ax)
     assert shown == [ax.figure] and ax.figure.number not in plt.get_fignums()

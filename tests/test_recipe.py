@@ -79,3 +79,8 @@ def test_a_recipe_and_a_pruning_cannot_be_changed(data):
 
 def test_percentages_need_not_be_whole():
     assert [Pruning("layer", 75.0, 10).percentage(e) for e in (1, 3, 10)] == [7.5, 22.5, 75.0]
+
+
+@pytest.mark.parametrize("n_images, steps", [(50_000, 196), (256, 1), (257, 2), (1, 1)])
+def test_the_last_batch_of_an_epoch_may_be_smaller(n_images, steps):
+    assert Recipe(batch_size=256).steps(n_images) == steps

@@ -38,6 +38,10 @@ class Recipe:
             check(POSITIVE, momentum=self.momentum)
         check(("constant", "step", "cosine"), schedule=self.schedule)
 
+    def steps(self, n_images):
+        """Return the steps of an epoch of n_images; the last batch may be smaller."""
+        return math.ceil(n_images / self.batch_size)
+
     def rate(self, progress):
         """Return the rate as a fraction of its peak at `progress`, the fraction of steps done.
 
